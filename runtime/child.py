@@ -1,0 +1,232 @@
+"""Work that may crash natively runs in a child process: this is both ends of it.
+
+A child is `python -m trtforge.runtime.child FD`, never `multiprocessing`: an unguarded user script, a notebook and a
+local class all work, and nothing is pickled. Only JSON and paths cross. The child has a session of its own (Ctrl-C on
+the terminal reaches the parent alone), reports on a pipe of its own (native libraries print to stdout), and dies when
+told to (SIGTERM) or when its parent is gone. The parent alone owns temporary folders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from trtforge.runtime import errors
+
+__all__ = ["TASKS", "ChildCrashError", "Emit", "OnEvent", "run_child"]
+
+Emit = Callable[..., None]
+"""Called in the child as `emit("progress", phase="…", done=3, total=9)`; reaches the parent's `on_event` as a dict."""
+OnEvent = Callable[[dict[str, Any]], None]
+
+TASKS: dict[str, str] = {
+    "trt.build": "trtforge.runtime.trt.build:build_task",
+    "trt.run": "trtforge.runtime.trt.execute:run_task",
+    "trt.inspect": "trtforge.runtime.trt.execute:inspect_task",
+    "onnx.run": "trtforge.runtime.onnx_runner:run_task",
+}
+"""What a child can do: `module:function`, called as `function(args, emit) -> JSON-able dict`."""
+
+_GRACE_SECONDS = 5.0
+_PR_SET_PDEATHSIG = 1
+
+
+class ChildCrashError(errors.TrtForgeError):
+    """A child ended without an answer: a native crash, or it was killed. `signal` is its name, or "" after an exit."""
+
+    def __init__(self, what: str, *, why: str = "", fix: str = "", signal_name: str = "") -> None:
+        super().__init__(what, why=why, fix=fix)
+        self.signal = signal_name
+
+
+@dataclass(slots=True)
+class _Answer:
+    result: dict[str, Any] | None = None
+    error: dict[str, str] | None = None
+
+
+def run_child(
+    task: str, args: Mapping[str, Any], *, on_event: OnEvent | None = None, env: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Runs one task of `TASKS` in a child process and waits for its answer.
+
+    Args:
+        task: A key of `TASKS`.
+        args: JSON-able; paths as `str`.
+        on_event: Called in this thread with every event that the child emits.
+        env: Variables added to the child's environment.
+
+    Returns:
+        What the task returned.
+
+    Raises:
+        TrtForgeError: the same class, `what`, `why` and `fix` that the task raised.
+        ChildCrashError: the child died without an answer; its last lines on stderr are in `why`.
+        KeyboardInterrupt: passed on once the child has been stopped.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}")
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        request = json.dumps({"task": task, "args": dict(args)})
+        process, events = _spawn(request, log, env)
+        answer = _Answer()
+        try:
+            with events:
+                for line in events:
+                    _take(json.loads(line), answer, on_event)
+            code = process.wait()
+        except BaseException:
+            _stop(process)
+            raise
+        finally:
+            if process.stdin is not None:
+                with contextlib.suppress(OSError):
+                    process.stdin.close()
+        if answer.error is not None:
+            raise _revive(answer.error)
+        if answer.result is not None:
+            return answer.result
+        raise _crashed(task, code, log)
+
+
+def _spawn(request: str, log: TextIO, env: Mapping[str, str] | None) -> tuple[subprocess.Popen[str], TextIO]:
+    read_fd, write_fd = os.pipe()
+    safe_path = ["-P"] if sys.version_info >= (3, 11) else []  # the user's folder may hold a `typing.py`
+    try:
+        process = subprocess.Popen(
+            [sys.executable, *safe_path, "-m", "trtforge.runtime.child", str(write_fd)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            pass_fds=(write_fd,),
+            start_new_session=True,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, **_python_path(), "PYTHONUTF8": "1", **(env or {})},
+        )
+    except BaseException:
+        os.close(read_fd)
+        raise
+    finally:
+        os.close(write_fd)
+    events = os.fdopen(read_fd, encoding="utf-8")
+    assert process.stdin is not None
+    try:
+        # stdin stays open after the request: its end tells the child that the parent is gone.
+        process.stdin.write(request + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        pass
+    return process, events
+
+
+def _python_path() -> dict[str, str]:
+    """What a child needs to find this very code where trtforge runs from a checkout that is not installed."""
+    import trtforge
+
+    assert trtforge.__file__ is not None
+    root = Path(trtforge.__file__).parent.parent
+    if root.name in ("site-packages", "dist-packages"):
+        return {}
+    inherited = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": f"{inherited}{os.pathsep}{root}" if inherited else str(root)}
+
+
+def _take(event: dict[str, Any], answer: _Answer, on_event: OnEvent | None) -> None:
+    kind = event.get("event")
+    if kind == "result":
+        answer.result = event["value"]
+    elif kind == "error":
+        answer.error = event["value"]
+    elif on_event is not None:
+        on_event(event)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    for stop in (process.terminate, process.kill):
+        with contextlib.suppress(ProcessLookupError):
+            stop()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_SECONDS)
+            return
+
+
+def _revive(error: Mapping[str, str]) -> errors.TrtForgeError:
+    known = getattr(errors, error["type"], None)
+    kind = known if isinstance(known, type) and issubclass(known, errors.TrtForgeError) else errors.TrtForgeError
+    return kind(error["what"], why=error.get("why", ""), fix=error.get("fix", ""))
+
+
+def _crashed(task: str, code: int, log: TextIO) -> ChildCrashError:
+    log.seek(0)
+    tail = [line for line in log.read().splitlines() if line.strip()][-12:]
+    name = ""
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(-code).name
+    ended = f"was ended by {name or f'signal {-code}'}" if code < 0 else f"exited with code {code}"
+    return ChildCrashError(
+        f"the child process of {task} {ended} without an answer",
+        why="its last words:\n    " + "\n    ".join(tail) if tail else "it said nothing before it ended",
+        signal_name=name,
+    )
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        os._exit(143)
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+
+
+def _main(write_fd: int) -> int:
+    request_line = bytearray()
+    while not request_line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            return 143
+        request_line += byte
+    _die_with_parent()
+    lock = threading.Lock()
+
+    def send(event: dict[str, Any]) -> None:
+        data = (json.dumps(event) + "\n").encode()
+        with lock:
+            while data:
+                data = data[os.write(write_fd, data) :]
+
+    def emit(kind: str, **fields: Any) -> None:
+        send({"event": kind, **fields})
+
+    request = json.loads(request_line)
+    module, _, function = TASKS[request["task"]].partition(":")
+    try:
+        task = getattr(importlib.import_module(module), function)
+        send({"event": "result", "value": task(request["args"], emit)})
+    except errors.TrtForgeError as error:
+        value = {"type": type(error).__name__, "what": error.what, "why": error.why, "fix": error.fix}
+        send({"event": "error", "value": value})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(int(sys.argv[1])))
