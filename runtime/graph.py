@@ -128,7 +128,8 @@ def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
     specs = []
     for value in values:
         shape = tuple(
-            dim if isinstance(dim, int) else (str(dim.value) if dim.value is not None else "?") for dim in value.shape or ()
+            dim if isinstance(dim, int) else (str(dim.value) if dim.value is not None else "?")
+            for dim in value.shape or ()
         )
         specs.append(TensorSpec(value.name or "", dtype_name(value.dtype), shape))
     return tuple(specs)
