@@ -1,4 +1,4 @@
-"""The precision plan: which precision each node of a graph runs in, and why. Data and YAML only; no graph is touched here."""
+"""The precision plan: which precision each node of a graph runs in, and why. Data and YAML; it touches no graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Assignment", "NodeRef", "Origin", "Precision", "PrecisionPlan", "Rul
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"]
 Origin = Literal["user", "overflow", "sensitivity", "accuracy", "type"]
-"""Who asked for a rule: the user, the overflow guard, measured sensitivity, the accuracy search, or the operator's types."""
+"""Who asked for a rule: the user, the overflow guard, measured sensitivity, the accuracy search, or operator types."""
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ORIGINS: tuple[str, ...] = get_args(Origin)
@@ -27,7 +27,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class NodeRef:
-    """A node as rules see it: its id (`<module>/<OpType>#k`), operator type and module path (dotted; "" at the root)."""
+    """A node as rules see it: id (`<module>/<OpType>#k`), operator type and dotted module path ("" at the root)."""
 
     id: str
     op: str

@@ -51,7 +51,7 @@ Profile = Mapping[str, DimRange]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Name, dtype (a key of `DTYPES`) and shape of one input or output; a `str` in the shape names a dynamic dimension."""
+    """Name, dtype (a key of `DTYPES`) and shape of one input or output; a `str` in it names a dynamic dimension."""
 
     name: str
     dtype: str

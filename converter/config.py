@@ -1,0 +1,351 @@
+"""From a YAML file to one frozen `ConversionConfig` a model; from Python, `trtforge.converter.api` makes the same."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from trtforge.converter.schema import FileSection, InputSection, LoaderSection, ModelSection, SourceSection
+from trtforge.converter.yaml_source import KeyPath, YamlSource, read_yaml
+from trtforge.runtime.errors import ConfigError
+from trtforge.runtime.precision import PrecisionPlan
+from trtforge.runtime.specs import DimRange, InputSpec, Profile, ValueRange
+from trtforge.runtime.suggest import nearest
+
+__all__ = [
+    "Calibration",
+    "ConversionConfig",
+    "Loader",
+    "Source",
+    "Target",
+    "Validation",
+    "check_dims",
+    "parse_profiles",
+    "read_config",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """`package.module:function` (or a path, where `function` is None), and its keyword arguments."""
+
+    reference: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model comes from: one of `factory`, `onnx`, `exported_program`, or none (a live module from Python)."""
+
+    factory: str | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    onnx: Path | None = None
+    exported_program: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the engine is built for; None means the backend's default."""
+
+    backend: str = "auto"
+    compute_capabilities: tuple[str, ...] = ()
+    opset: int | None = None
+    optimization_level: int | None = None
+    workspace_mib: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Data and method for ranges. `loader` is None where Python gives live data."""
+
+    loader: Loader | None = None
+    method: str = "auto"
+    batches: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Real data to prove on, and tolerances that replace the precision's defaults."""
+
+    loader: Loader | None = None
+    batches: int = 4
+    tolerance: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionConfig:
+    """Everything that decides one conversion.
+
+    Attributes:
+        name: The model's name in the file, with the matrix's values appended.
+        source: Where it comes from.
+        profiles: Optimization profiles, each a range for every dynamic dimension; one empty profile without any.
+        inputs: Inputs by the forward's parameter names; may be empty where Python gives examples.
+        outputs: The names that outputs shall have; empty: derived from the model.
+        plan: The precision plan.
+        calibration: None where nothing is quantized.
+        validation: How it is proved.
+        target: What it is built for.
+        folder: Relative paths and imports of the file start here.
+        origin: The YAML file, where there is one: it and `name` reproduce the conversion.
+    """
+
+    name: str
+    source: Source = Source()
+    profiles: tuple[Profile, ...] = ({},)
+    inputs: tuple[InputSpec, ...] = ()
+    outputs: tuple[str, ...] = ()
+    plan: PrecisionPlan = field(default_factory=PrecisionPlan)
+    calibration: Calibration | None = None
+    validation: Validation = Validation()
+    target: Target = Target()
+    folder: Path = Path()
+    origin: Path | None = None
+
+
+def read_config(path: Path) -> tuple[ConversionConfig, ...]:
+    """Reads and checks a YAML file, and resolves `defaults` and `matrix`.
+
+    Raises:
+        ConfigError: with the file's line and, for an unknown key, the nearest right one.
+    """
+    source = read_yaml(path)
+    data = _merge_defaults(source)
+    try:
+        section = FileSection.model_validate(data)
+    except ValidationError as error:
+        raise _explain(error, source) from None
+    return tuple(_resolve_all(section, data, source))
+
+
+def parse_profiles(dims: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]]) -> tuple[Profile, ...]:
+    """Profiles from `{"batch": (1, 8, 32)}` or a list of such maps.
+
+    Raises:
+        ConfigError: a range that is not three ascending sizes, or profiles that name different dimensions.
+    """
+    maps = [dims] if isinstance(dims, Mapping) else list(dims) or [{}]
+    profiles: list[dict[str, DimRange]] = []
+    for entry in maps:
+        profile: dict[str, DimRange] = {}
+        for name, sizes in entry.items():
+            values = list(sizes)
+            if len(values) != 3 or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+                raise ConfigError(f"dimension {name!r} is {sizes!r}, not [min, opt, max]", fix="three sizes, ascending")
+            try:
+                profile[name] = DimRange(*values)
+            except ConfigError as error:
+                raise ConfigError(f"dimension {name!r}: {error.what}", fix=error.fix) from None
+        profiles.append(profile)
+    for index, profile in enumerate(profiles):
+        if set(profile) != set(profiles[0]):
+            raise ConfigError(
+                f"profile {index} has the dimensions {sorted(profile)}, profile 0 has {sorted(profiles[0])}",
+                fix="give every profile a range for each dimension",
+            )
+    return tuple(profiles)
+
+
+def check_dims(inputs: Sequence[InputSpec], profiles: Sequence[Profile]) -> None:
+    """Raises `ConfigError` unless the inputs' named dimensions and the profiles' are the same."""
+    used = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
+    known = set(profiles[0])
+    for name in sorted(used - known):
+        raise ConfigError(
+            f"dimension {name!r} stands in an input's shape but has no range in `dims`",
+            fix=f"add `{name}: [min, opt, max]` to dims ({nearest(name, known)})" if known else "add it to `dims`",
+        )
+    for name in sorted(known - used):
+        if inputs:
+            raise ConfigError(
+                f"dimension {name!r} has a range in `dims` but no input's shape names it", fix=nearest(name, used)
+            )
+
+
+def _merge_defaults(source: YamlSource) -> dict[str, Any]:
+    data = copy.deepcopy(dict(source.data))
+    defaults, models = data.get("defaults"), data.get("models")
+    if isinstance(defaults, dict) and isinstance(models, dict):
+        for name, model in models.items():
+            if isinstance(model, dict):
+                models[name] = _merge(defaults, model)
+    return data
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if not isinstance(base, dict) or not isinstance(over, dict):
+        return copy.deepcopy(over)
+    return {key: _merge(base[key], over[key]) if key in base and key in over else copy.deepcopy(over.get(key, base.get(key)))
+            for key in [*base, *(k for k in over if k not in base)]}  # fmt: skip
+
+
+def _explain(error: ValidationError, source: YamlSource) -> ConfigError:
+    problems: list[str] = []
+    for detail in error.errors(include_url=False):
+        problem = _explain_one(detail, source)
+        if problem not in problems:
+            problems.append(problem)
+    return ConfigError("\n".join(problems[:20]))
+
+
+def _explain_one(detail: ErrorDetails, source: YamlSource) -> str:
+    at = _real_path(detail["loc"], source)
+    inherited: KeyPath = ("defaults", *at[2:]) if at[:1] == ("models",) and len(at) > 2 else at
+    where = source.where(at, inherited)
+    name = ".".join(str(part) for part in at) or "the file"
+    if detail["type"] == "extra_forbidden":
+        parent = ".".join(map(str, at[:-1])) or "the file"
+        return f"{where}: unknown key {at[-1]!r} in {parent}; {_near_key(detail['loc'])}"
+    if detail["type"] == "missing":
+        return f"{where}: {name} is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    value = detail.get("input")
+    shown = "" if isinstance(value, dict | list) and len(str(value)) > 80 else f" (it is {value!r})"
+    return f"{where}: {name}: {message[:1].lower() + message[1:]}{shown}"
+
+
+def _real_path(loc: tuple[int | str, ...], source: YamlSource) -> KeyPath:
+    """A location of pydantic's without the tags it adds for unions and constraints, which are no keys of the file."""
+    data: Any = _merge_defaults(source)
+    path: list[int | str] = []
+    for index, part in enumerate(loc):
+        inside = isinstance(data, dict) and part in data
+        inside = inside or (isinstance(data, list) and isinstance(part, int) and part < len(data))
+        if inside:
+            data = data[part]
+            path.append(part)
+        elif index == len(loc) - 1 and isinstance(data, dict) and "[" not in str(part) and str(part).isidentifier():
+            path.append(part)
+    return tuple(path)
+
+
+def _near_key(loc: tuple[int | str, ...]) -> str:
+    return nearest(str(loc[-1]), _keys_at(FileSection, loc[:-1]))
+
+
+def _keys_at(annotation: Any, loc: Sequence[int | str]) -> list[str]:
+    """The keys that the schema `annotation` knows at a location inside it."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if not loc:
+            return list(annotation.model_fields)
+        field_info = annotation.model_fields.get(str(loc[0]))
+        return _keys_at(field_info.annotation, loc[1:]) if field_info else []
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is dict:
+        return _keys_at(arguments[1], loc[1:])
+    return next((keys for part in arguments if (keys := _keys_at(part, loc))), [])
+
+
+def _resolve_all(section: FileSection, data: Mapping[str, Any], source: YamlSource) -> list[ConversionConfig]:
+    out: list[ConversionConfig] = []
+    axes = list(section.matrix)
+    for name, model in section.models.items():
+        for values in itertools.product(*section.matrix.values()):
+            full = "-".join([name, *(_label(value) for value in values)])
+            if values:
+                changed = copy.deepcopy(data["models"][name])
+                for axis, value in zip(axes, values, strict=True):
+                    _set(changed, axis, value)
+                try:
+                    model = ModelSection.model_validate(changed)
+                except ValidationError as error:
+                    first = error.errors(include_url=False)[0]
+                    at = ".".join(map(str, first["loc"]))
+                    raise ConfigError(f"{source.where(('matrix',))}: matrix value for {at}: {first['msg']}") from None
+            try:
+                out.append(_resolve(full, model, source))
+            except ConfigError as error:
+                raise ConfigError(
+                    f"{source.where(('models', name))}: {full}: {error.what}", why=error.why, fix=error.fix
+                ) from error
+    names = [config.name for config in out]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{source.path}: two models resolve to the name {name!r}", fix="rename one of them")
+    return out
+
+
+def _label(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return "".join(c if c.isalnum() or c in "._" else "_" for c in Path(text).stem).strip("_")[:40] or "value"
+
+
+def _set(data: dict[str, Any], axis: str, value: Any) -> None:
+    *parents, last = axis.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"matrix key {axis!r}: {parent!r} is not a mapping")
+    data[last] = value
+
+
+def _resolve(name: str, model: ModelSection, source: YamlSource) -> ConversionConfig:
+    folder = source.path.resolve().parent
+    profiles = parse_profiles(model.dims)
+    inputs = tuple(_input(key, value) for key, value in model.inputs.items())
+    if not inputs and model.source.factory:
+        raise ConfigError(
+            "`inputs` is missing", fix="name each parameter of the model's forward with its dtype and shape"
+        )
+    check_dims(inputs, profiles)
+    return ConversionConfig(
+        name=name,
+        source=_source(model.source, folder),
+        profiles=profiles,
+        inputs=inputs,
+        outputs=tuple(model.outputs),
+        plan=_plan(model.precision, folder),
+        calibration=None
+        if model.calibration is None
+        else Calibration(_loader(model.calibration), model.calibration.method, model.calibration.batches),
+        validation=Validation(
+            _loader(model.validation),
+            model.validation.batches,
+            {k: v for k, v in model.validation.tolerance.model_dump().items() if v is not None},
+        ),
+        target=Target(
+            model.target.backend,
+            tuple(model.target.compute_capabilities),
+            model.target.opset,
+            model.target.optimization_level,
+            model.target.workspace_mib,
+        ),
+        folder=folder,
+        origin=source.path,
+    )
+
+
+def _source(section: SourceSection, folder: Path) -> Source:
+    def path(text: str | None) -> Path | None:
+        return None if text is None else folder / Path(text).expanduser()
+
+    return Source(
+        section.factory, section.kwargs, path(section.checkpoint), path(section.onnx), path(section.exported_program)
+    )
+
+
+def _loader(section: LoaderSection) -> Loader | None:
+    return None if section.loader is None else Loader(section.loader, section.kwargs)
+
+
+def _input(name: str, section: InputSection) -> InputSpec:
+    values = section.values
+    if isinstance(values, bool):
+        return InputSpec(name, section.dtype, tuple(section.shape), ValueRange(float(values), float(values)))
+    return InputSpec(name, section.dtype, tuple(section.shape), ValueRange(*values) if values else None)
+
+
+def _plan(precision: str | Mapping[str, Any], folder: Path) -> PrecisionPlan:
+    if isinstance(precision, str) and precision.endswith((".yaml", ".yml")):
+        return PrecisionPlan.load(folder / precision)
+    return PrecisionPlan.from_data(precision, name="precision")

@@ -1,0 +1,141 @@
+"""The YAML file's shape: every key, its type and its default. Nothing is resolved, imported or opened here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from trtforge.runtime.specs import DTYPES
+
+__all__ = [
+    "CalibrationSection",
+    "FileSection",
+    "InputSection",
+    "ModelSection",
+    "SourceSection",
+    "TargetSection",
+    "ToleranceSection",
+    "ValidationSection",
+]
+
+Positive = Annotated[int, Field(ge=1, strict=True)]
+DimName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Reference = Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$", description="package.module:function")]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, and nothing changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceSection(Section):
+    """Where the model comes from: exactly one of `factory`, `onnx` and `exported_program`."""
+
+    factory: Reference | None = None
+    kwargs: dict[str, Any] = {}
+    checkpoint: str | None = None
+    onnx: str | None = None
+    exported_program: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SourceSection:
+        given = [key for key in ("factory", "onnx", "exported_program") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of factory, onnx and exported_program, not {given or 'none'}")
+        if self.factory is None and (self.kwargs or self.checkpoint):
+            raise ValueError("kwargs and checkpoint go with a factory only")
+        return self
+
+
+class InputSection(Section):
+    """One input: its dtype, its shape with dimension names, and the values that may be generated for it."""
+
+    dtype: str = "float32"
+    shape: list[Positive | DimName]
+    values: bool | Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> InputSection:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if isinstance(self.values, list) and not self.values[0] <= self.values[1]:
+            raise ValueError(f"values {self.values} is not [min, max] with min <= max")
+        return self
+
+
+class LoaderSection(Section):
+    """A function that gives batches: `package.module:function`, and what it is called with."""
+
+    loader: str | None = None
+    kwargs: dict[str, Any] = {}
+
+
+class CalibrationSection(LoaderSection):
+    """Data and method for the ranges of quantized tensors."""
+
+    method: Literal["auto", "entropy", "percentile", "mse", "max"] = "auto"
+    batches: Positive | None = None
+
+
+class ToleranceSection(Section):
+    """How far an output may be from PyTorch's; what is left out keeps the precision's default."""
+
+    sqnr_db: float | None = None
+    cosine: Annotated[float, Field(ge=-1, le=1)] | None = None
+    max_abs_over_std: Annotated[float, Field(ge=0)] | None = None
+    atol: Annotated[float, Field(ge=0)] | None = None
+    rtol: Annotated[float, Field(ge=0)] | None = None
+
+
+class ValidationSection(LoaderSection):
+    """What the engine is proved on, beside generated inputs, and how near it must be."""
+
+    batches: Positive = 4
+    tolerance: ToleranceSection = ToleranceSection()
+
+
+class TargetSection(Section):
+    """What the engine is built for."""
+
+    backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
+    compute_capabilities: list[Annotated[str, Field(pattern=r"^\d+\.\d$")]] = []
+    opset: Annotated[int, Field(ge=13, le=23, strict=True)] | None = None
+    optimization_level: Annotated[int, Field(ge=0, le=5, strict=True)] | None = None
+    workspace_mib: Positive | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_as_text(cls, data: Any) -> Any:
+        # YAML reads 8.6 as a number; "12.0" must not become 12.
+        if isinstance(data, dict) and isinstance(data.get("compute_capabilities"), list):
+            caps = [str(c) if isinstance(c, float) else c for c in data["compute_capabilities"]]
+            return {**data, "compute_capabilities": caps}
+        return data
+
+
+DimsSection = dict[DimName, Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=3, max_length=3)]]
+
+
+class ModelSection(Section):
+    """One model of the file, with `defaults` merged in."""
+
+    source: SourceSection
+    dims: DimsSection | list[DimsSection] = {}
+    inputs: dict[str, InputSection] = {}
+    outputs: list[str] = []
+    precision: str | dict[str, Any] = "fp32"
+    calibration: CalibrationSection | None = None
+    validation: ValidationSection = ValidationSection()
+    target: TargetSection = TargetSection()
+
+
+class FileSection(Section):
+    """The whole file. `defaults` is merged into every model before models are checked."""
+
+    version: Literal[1]
+    defaults: dict[str, Any] = {}
+    models: Annotated[dict[ModelName, ModelSection], Field(min_length=1)]
+    matrix: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
