@@ -113,7 +113,7 @@ class OnnxRuntimeRunner:
         _check_feeds(self._inputs, feeds)
         ort = self._ort
         try:
-            values = {spec.name: _to_ort(ort, np.ascontiguousarray(feeds[spec.name])) for spec in self._inputs}
+            values = {spec.name: _to_ort(ort, np.asarray(feeds[spec.name], order="C")) for spec in self._inputs}
             results = self._session.run_with_ort_values([spec.name for spec in self._outputs], values)
             return {spec.name: _from_ort(value) for spec, value in zip(self._outputs, results, strict=True)}
         except _ort_errors(ort) as error:
@@ -231,7 +231,7 @@ def _providers(ort: ModuleType, provider: str) -> list[Any]:
 
 
 def _ort_errors(ort: ModuleType) -> tuple[type[Exception], ...]:
-    """onnxruntime's exceptions share no base class; a conversion that fails in its bindings is a RuntimeError."""
+    """Exceptions of onnxruntime share no base class; a conversion that fails in its bindings is a RuntimeError."""
     state = ort.capi.onnxruntime_pybind11_state
     kinds = (getattr(state, name) for name in dir(state))
     found = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Exception)]
@@ -296,7 +296,8 @@ def _from_ort(value: Any) -> Array:
         return np.empty(shape, ml_dtypes.bfloat16)
     # OrtValue.numpy() refuses bfloat16; outputs of `run_with_ort_values` lie in host memory.
     bits = np.ctypeslib.as_array((ctypes.c_uint16 * count).from_address(value.data_ptr()))
-    return np.array(bits, copy=True).view(ml_dtypes.bfloat16).reshape(shape)
+    copied: Array = np.array(bits, copy=True).view(ml_dtypes.bfloat16).reshape(shape)
+    return copied
 
 
 def _check_feeds(specs: Sequence[TensorSpec], feeds: Tensors) -> None:
