@@ -1,0 +1,94 @@
+"""The command line: results on stdout, logs and progress on stderr, the exit codes of `trtforge.runtime.errors`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="trtforge",
+    help="PyTorch models to TensorRT engines, each emitted only with the proof that it equals the model it came from.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # importing rich would cost --help a tenth of a second
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the artifacts.")]
+ArtifactPath = Annotated[Path, typer.Argument(help="An artifact's folder.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import trtforge
+
+        typer.echo(f"trtforge {trtforge.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None: ...
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="A YAML file of models.")],
+    only: Annotated[str | None, typer.Option(help="Convert this model of the file alone.")] = None,
+    output: Output = Path("artifacts"),
+    as_json: AsJson = False,
+) -> None:
+    """Convert every model of FILE to an artifact in the output folder: export, cast, prove, build, prove, package."""
+    from trtforge.converter import commands
+
+    raise typer.Exit(commands.convert(file, only=only, output=output, as_json=as_json))
+
+
+@app.command()
+def validate(
+    path: ArtifactPath,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Publish the promoted artifact here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check an artifact's files and prove it again here; with a GPU a `built` artifact becomes `validated`."""
+    from trtforge.converter import commands
+
+    raise typer.Exit(commands.validate(path, output=output, as_json=as_json))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="An artifact's folder or an ONNX file.")], as_json: AsJson = False
+) -> None:
+    """Show what an artifact or ONNX file holds: inputs, outputs, precisions, modules, versions, errors."""
+    from trtforge.converter import commands
+
+    raise typer.Exit(commands.inspect(path, as_json=as_json))
+
+
+def main() -> None:
+    """The console script: maps errors to exit codes; a traceback is shown for a bug only."""
+    from trtforge.runtime.errors import TrtForgeError
+
+    try:
+        app()
+    except TrtForgeError as error:
+        from trtforge.converter.terminal import print_error
+
+        print_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing was published", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""An artifact's manifest: what the folder holds, what it was made from, and the check that nothing changed since."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from trtforge.runtime.errors import ArtifactError
+from trtforge.runtime.publish import hash_bytes, hash_file
+
+__all__ = ["DIGEST", "MANIFEST", "SCHEMA", "FileEntry", "Manifest", "Status", "read_manifest", "write_manifest"]
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+DIGEST = "manifest.sha256"
+"""Holds the manifest's own SHA-256, so that one altered byte anywhere in the folder is noticed."""
+
+Status = Literal["validated", "built", "portable", "failed"]
+_REFUSED = "make the artifact again, or copy it again from where it was whole"
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """SHA-256 in hex and size in bytes of one file."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """`facts` is the JSON object as written; the attributes are what code decides by."""
+
+    status: Status
+    name: str
+    files: Mapping[str, FileEntry]
+    facts: Mapping[str, Any]
+
+
+def write_manifest(folder: Path, status: Status, name: str, facts: Mapping[str, Any]) -> Manifest:
+    """Hashes every file in `folder` and writes the manifest and its digest beside them."""
+    files = {path: FileEntry(hash_file(folder / path), (folder / path).stat().st_size) for path in _files_in(folder)}
+    data: dict[str, Any] = {
+        "schema": SCHEMA,
+        "status": status,
+        "name": name,
+        **facts,
+        "files": {path: {"sha256": entry.sha256, "size": entry.size} for path, entry in files.items()},
+    }
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
+    (folder / DIGEST).write_text(hash_bytes(text.encode()) + "\n", encoding="ascii")
+    return Manifest(status, name, files, data)
+
+
+def read_manifest(folder: Path, *, check_files: bool = True) -> Manifest:
+    """Reads a folder's manifest and checks that every file is the one that it names, and that there is no other.
+
+    Args:
+        folder: An artifact.
+        check_files: False checks the manifest alone, for listings.
+
+    Raises:
+        ArtifactError: not an artifact, of a newer schema, or anything was altered, added or removed.
+    """
+    data = _read_checked(folder)
+    if data.get("schema") != SCHEMA:
+        raise ArtifactError(
+            f"{folder} has manifest schema {data.get('schema')!r}; this trtforge reads {SCHEMA}",
+            fix="use the trtforge that made it, or convert again",
+        )
+    try:
+        files = {str(path): FileEntry(str(e["sha256"]), int(e["size"])) for path, e in data["files"].items()}
+        status, name = data["status"], str(data["name"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{folder / MANIFEST} lacks {error}", fix=_REFUSED) from error
+    if status not in get_args(Status):
+        raise ArtifactError(f"{folder} has the unknown status {status!r}", fix=_REFUSED)
+    if check_files:
+        _check_files(folder, files)
+    return Manifest(status, name, files, data)
+
+
+def _read_checked(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ArtifactError(f"there is no artifact {folder}", fix="check the path; an artifact is a folder")
+    try:
+        raw = (folder / MANIFEST).read_bytes()
+        digest = (folder / DIGEST).read_bytes()
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"{folder} is not an artifact: it has no {Path(error.filename).name}", fix="check the path"
+        ) from error
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot read {folder}: {error.strerror or error}", fix="give permission to read it"
+        ) from error
+    if digest != (hash_bytes(raw) + "\n").encode():
+        raise ArtifactError(f"{folder / MANIFEST} is not the one that was published with {DIGEST}", fix=_REFUSED)
+    data = json.loads(raw)
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{folder / MANIFEST} is not a JSON object", fix=_REFUSED)
+    return data
+
+
+def _check_files(folder: Path, files: Mapping[str, FileEntry]) -> None:
+    present = set(_files_in(folder))
+    for path in sorted(present - set(files)):
+        raise ArtifactError(f"{folder / path} is not in the artifact's manifest", why="a file was added", fix=_REFUSED)
+    for path, entry in files.items():
+        if path not in present:
+            raise ArtifactError(f"{folder / path} is missing", fix=_REFUSED)
+        try:
+            size = (folder / path).stat().st_size
+            same = size == entry.size and hash_file(folder / path) == entry.sha256
+        except OSError as error:
+            raise ArtifactError(f"cannot read {folder / path}: {error.strerror or error}") from error
+        if not same:
+            raise ArtifactError(
+                f"{folder / path} was altered",
+                why=f"it has {size} bytes, the manifest says {entry.size}"
+                if size != entry.size
+                else f"its SHA-256 is not {entry.sha256[:16]}…, which the manifest says",
+                fix=_REFUSED,
+            )
+
+
+def _files_in(folder: Path) -> list[str]:
+    """Every file below `folder` but the manifest and its digest, as sorted POSIX paths. A link counts as a file."""
+    found = []
+    for root, dirs, names in os.walk(folder):
+        links = [name for name in dirs if (Path(root) / name).is_symlink()]
+        found += [(Path(root) / name).relative_to(folder).as_posix() for name in [*names, *links]]
+    return sorted(path for path in found if path not in (MANIFEST, DIGEST))

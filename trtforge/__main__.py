@@ -1,0 +1,5 @@
+"""`python -m trtforge` is the command line."""
+
+from trtforge.converter.cli import main
+
+main()
