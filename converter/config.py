@@ -185,8 +185,8 @@ def _merge_defaults(source: YamlSource) -> dict[str, Any]:
 def _merge(base: Any, over: Any) -> Any:
     if not isinstance(base, dict) or not isinstance(over, dict):
         return copy.deepcopy(over)
-    return {key: _merge(base[key], over[key]) if key in base and key in over else copy.deepcopy(over.get(key, base.get(key)))
-            for key in [*base, *(k for k in over if k not in base)]}  # fmt: skip
+    merged = {key: _merge(base[key], over[key]) for key in base if key in over}
+    return copy.deepcopy({**base, **over}) | merged
 
 
 def _explain(error: ValidationError, source: YamlSource) -> ConfigError:

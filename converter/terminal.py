@@ -1,4 +1,4 @@
-"""What people see on a terminal: bars where there is one, plain lines elsewhere, tables, errors. All on stderr but tables."""
+"""What people see: bars on a terminal, plain lines elsewhere, errors; all of that on stderr. Tables on stdout."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from trtforge.converter.references import UserCodeError
 from trtforge.runtime.errors import TrtForgeError
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from rich.progress import Progress, TaskID
 
 __all__ = ["ProgressView", "print_error", "print_table"]
@@ -33,7 +35,7 @@ class ProgressView:
         self._bars: Progress | None = None
         self._task: TaskID | None = None
 
-    def __enter__(self) -> ProgressView:
+    def __enter__(self) -> Self:
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
