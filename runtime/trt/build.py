@@ -1,0 +1,324 @@
+"""ONNX file to engine. Parsing and building happen in a child process, since both can crash natively."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from trtforge.runtime.child import ChildCrashError, Emit, OnEvent, run_child
+from trtforge.runtime.device import device_facts
+from trtforge.runtime.errors import ArtifactError, BuildError, ConfigError
+from trtforge.runtime.specs import TensorSpec
+from trtforge.runtime.trt import failures
+from trtforge.runtime.trt.backend import Backend, find_backend, import_backend
+from trtforge.runtime.trt.header import read_rtx_header
+from trtforge.runtime.trt.messages import BuildLog, make_logger
+from trtforge.runtime.trt.onnx_scan import OnnxScan, scan_onnx
+from trtforge.runtime.trt.parse import NodeError, check_network, network_specs, node_errors
+from trtforge.runtime.trt.profiles import Shapes, add_profiles
+
+__all__ = ["BuildRequest", "BuiltEngine", "Shapes", "build_engine", "build_task"]
+
+_EVENTS_PER_SECOND = 10
+
+
+@dataclass(frozen=True, slots=True)
+class BuildRequest:
+    """One engine to build.
+
+    Attributes:
+        onnx: The ONNX file; its external data lie beside it.
+        engine: Where the engine goes; replaced in one step, and only by a finished one.
+        backend: "auto", "tensorrt" or "tensorrt-rtx".
+        profiles: Optimization profiles: min, opt and max shape by input name; empty for a network of fixed shapes.
+        tf32: Whether float32 matrix products may round their inputs to TF32 (10 bits of mantissa).
+        compute_capabilities: Targets of an engine built ahead of time ("8.9"); empty: this GPU, or the backend's
+            portable default without one.
+        optimization_level: 0 to 5; None: the backend's default.
+        workspace_bytes: Most scratch memory that a layer may take; None: all of the GPU's.
+    """
+
+    onnx: Path
+    engine: Path
+    backend: str
+    profiles: tuple[Mapping[str, Shapes], ...]
+    tf32: bool
+    compute_capabilities: tuple[str, ...] = ()
+    optimization_level: int | None = None
+    workspace_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine on disk, not yet proved.
+
+    Attributes:
+        path: The file.
+        sha256: Of its bytes, in hex.
+        size_bytes: Its length.
+        backend: "tensorrt" or "tensorrt-rtx".
+        version: Of the backend; the only one that is sure to load it.
+        inputs, outputs: As the network sees them.
+        compute_capabilities: What it runs on: targets, or this GPU.
+        warnings: What the parser and builder complained of, without noise.
+        seconds: "parse" and "build", inside the child; "total" with the child's start and the checks before it.
+    """
+
+    path: Path
+    sha256: str
+    size_bytes: int
+    backend: str
+    version: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    compute_capabilities: tuple[str, ...]
+    warnings: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+
+def build_engine(request: BuildRequest, on_event: OnEvent | None = None) -> BuiltEngine:
+    """Builds in a child process and waits for it.
+
+    Args:
+        request: What to build.
+        on_event: Called with `{"event": "progress", "stage": "build", "phase", "done", "total"}` at most ten times a
+            second; phases nest, and each counts its own steps.
+
+    Raises:
+        MissingDependencyError: the backend is not installed.
+        ConfigError: a target or level that the backend does not have.
+        BuildError: TensorRT could not parse or build it, would have built a broken engine, or crashed natively.
+        ArtifactError: the engine cannot be written.
+        KeyboardInterrupt: once the child has been stopped; nothing is left behind.
+    """
+    started = time.perf_counter()
+    backend = find_backend(request.backend)
+    targets = _targets(request, backend)
+    scan = scan_onnx(request.onnx)
+    partial = request.engine.with_name(f".{request.engine.name}.{os.getpid()}.partial")
+    doing = ["starting"]
+
+    def watch(event: dict[str, Any]) -> None:
+        if event["event"] == "doing":
+            doing[0] = event["what"]
+        elif on_event is not None:
+            on_event(event)
+
+    args = {
+        "onnx": str(request.onnx.absolute()),
+        "engine": str(partial.absolute()),
+        "backend": backend.name,
+        "profiles": [{name: list(map(list, shapes)) for name, shapes in p.items()} for p in request.profiles],
+        "tf32": request.tf32,
+        "targets": targets,
+        "optimization_level": request.optimization_level,
+        "workspace_bytes": request.workspace_bytes,
+    }
+    try:
+        answer = run_child("trt.build", args, on_event=watch)
+        if "failure" in answer:
+            raise _failure(backend, request.onnx, answer["failure"], scan)
+        capabilities = _built_for(backend, partial)
+        _move(partial, request.engine)
+    except ChildCrashError as error:
+        if not error.signal:  # a Python traceback: our own bug
+            raise
+        raise failures.crashed(backend, request.onnx, doing[0], error, scan) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    return BuiltEngine(
+        path=request.engine,
+        sha256=answer["sha256"],
+        size_bytes=answer["size_bytes"],
+        backend=backend.name,
+        version=answer["version"],
+        inputs=tuple(TensorSpec.from_json(spec) for spec in answer["inputs"]),
+        outputs=tuple(TensorSpec.from_json(spec) for spec in answer["outputs"]),
+        compute_capabilities=capabilities,
+        warnings=tuple(answer["warnings"]),
+        seconds={**answer["seconds"], "total": time.perf_counter() - started},
+    )
+
+
+def build_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
+    """The child's side of `build_engine`; imports neither torch nor onnx.
+
+    Returns:
+        The facts of `BuiltEngine`, or `{"failure": {"kind": "parse" | "build" | "inconsistent", …}}`.
+    """
+    backend = find_backend(args["backend"])
+    trt = import_backend(backend)
+    log = BuildLog(no_gpu=device_facts() is None, on_node=lambda node: emit("doing", what=f"parsing the node {node}"))
+    # All of these stay referenced to the end: TensorRT's objects do not keep each other alive (SIGSEGV).
+    logger = make_logger(trt, log)
+    builder = trt.Builder(logger)
+    if builder is None or not hasattr(builder, "create_network"):
+        raise BuildError(f"{backend} gives no builder", why="; ".join(log.errors[-3:]), fix="check the GPU's driver")
+    network = builder.create_network(_creation_flags(trt, backend))
+    parser = trt.OnnxParser(network, logger)
+    started = time.perf_counter()
+    parsed = parser.parse_from_file(args["onnx"])
+    parse_seconds = time.perf_counter() - started
+    if not parsed or parser.num_errors:
+        nodes = [error.to_json() for error in node_errors(parser)]
+        return {"failure": {"kind": "parse", "nodes": nodes, "log": log.errors}}
+    check_network(trt, network, backend)
+    inputs, outputs = network_specs(network)
+    config = _configure(trt, builder, args)
+    add_profiles(builder, config, inputs, args["profiles"])
+    monitor = _make_monitor(trt, emit)
+    config.progress_monitor = monitor
+    emit("doing", what="building")
+    started = time.perf_counter()
+    # Returns None on failure, and never raises.
+    plan = builder.build_serialized_network(network, config)
+    build_seconds = time.perf_counter() - started
+    if log.inconsistent:
+        return {"failure": {"kind": "inconsistent", "ends": log.inconsistent}}
+    if plan is None:
+        return {"failure": {"kind": "build", "log": log.errors}}
+    size, sha256 = _write(Path(args["engine"]), plan)
+    return {
+        "sha256": sha256,
+        "size_bytes": size,
+        "version": trt.__version__,
+        "inputs": [spec.to_json() for spec in inputs],
+        "outputs": [spec.to_json() for spec in outputs],
+        "warnings": log.warnings,
+        "seconds": {"parse": parse_seconds, "build": build_seconds},
+    }
+
+
+def _targets(request: BuildRequest, backend: Backend) -> list[str]:
+    """What to set in the builder: names of compute capabilities, "CURRENT" for this GPU, or nothing at all."""
+    known = backend.capabilities.targets
+    level = request.optimization_level
+    if level is not None and not 0 <= level <= 5:
+        raise ConfigError(f"optimization level {level} is not 0 to 5", fix="leave it out for the default")
+    if unknown := [target for target in request.compute_capabilities if target not in known]:
+        raise ConfigError(
+            f"{backend} cannot build for compute capability {', '.join(unknown)}",
+            why="" if known else "the full TensorRT builds for the GPU of this machine alone",
+            fix=f"choose from {', '.join(known)}"
+            if known
+            else "leave compute_capabilities out and build on the target",
+        )
+    device = device_facts()
+    if backend.capabilities.needs_gpu_to_build and device is None:
+        raise BuildError(
+            f"{backend} needs a GPU to build, and there is none here",
+            fix="run `trtforge build` on the target, or use the backend tensorrt-rtx, which builds ahead of time",
+        )
+    if request.compute_capabilities:
+        return list(request.compute_capabilities)
+    here = known and device is not None and backend.capabilities.runs_on(device.compute_capability)
+    return ["CURRENT"] if here else []
+
+
+def _built_for(backend: Backend, engine: Path) -> tuple[str, ...]:
+    device = device_facts()
+    named = read_rtx_header(engine).compute_capabilities if backend.name == "tensorrt-rtx" else ()
+    # Built for the GPU at hand, of a kind that the header has no bit for.
+    return named or ((device.compute_capability,) if device is not None else ())
+
+
+def _failure(backend: Backend, onnx: Path, failure: Mapping[str, Any], scan: OnnxScan) -> BuildError:
+    if failure["kind"] == "parse":
+        nodes = [NodeError.from_json(node) for node in failure["nodes"]]
+        return failures.parse_failed(backend, onnx, nodes, failure["log"], scan)
+    if failure["kind"] == "inconsistent":
+        return failures.inconsistent(backend, onnx, failure["ends"], scan)
+    return failures.build_failed(backend, onnx, failure["log"], scan)
+
+
+def _move(partial: Path, engine: Path) -> None:
+    try:
+        os.replace(partial, engine)
+    except OSError as error:
+        raise _unwritable(engine, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(
+        f"cannot write the engine {path}: {error.strerror}", fix="free space or give permission there, or use --output"
+    )
+
+
+def _creation_flags(trt: ModuleType, backend: Backend) -> int:
+    kinds = trt.NetworkDefinitionCreationFlag
+    flags = 1 << int(kinds.STRONGLY_TYPED)
+    if backend.capabilities.explicit_batch_flag and hasattr(kinds, "EXPLICIT_BATCH"):
+        flags |= 1 << int(kinds.EXPLICIT_BATCH)
+    return flags
+
+
+def _configure(trt: ModuleType, builder: Any, args: Mapping[str, Any]) -> Any:
+    config = builder.create_builder_config()
+    # On by default: fp32 must switch it off, not merely leave it alone.
+    (config.set_flag if args["tf32"] else config.clear_flag)(trt.BuilderFlag.TF32)
+    # The engine inspector then names the ONNX nodes and types of each layer.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if args["optimization_level"] is not None:
+        config.builder_optimization_level = args["optimization_level"]
+    if args["workspace_bytes"] is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, args["workspace_bytes"])
+    targets: Sequence[str] = args["targets"]
+    if targets:
+        config.num_compute_capabilities = len(targets)
+        for number, target in enumerate(targets):
+            name = target if target == "CURRENT" else "SM" + target.replace(".", "")
+            config.set_compute_capability(getattr(trt.ComputeCapability, name), number)
+    return config
+
+
+def _make_monitor(trt: ModuleType, emit: Emit) -> Any:
+    report = _throttled(emit)
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.totals[phase_name] = num_steps
+            report(phase_name, 0, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            total = self.totals.get(phase_name, step + 1)
+            report(phase_name, min(step + 1, total), total)
+            return True  # False would cancel; a parent that is interrupted stops this process instead
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.totals.pop(phase_name, None)
+
+    return Monitor()
+
+
+def _throttled(emit: Emit) -> Callable[[str, int, int], None]:
+    last = float("-inf")
+
+    def report(phase: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= 1 / _EVENTS_PER_SECOND:
+            last = now
+            emit("progress", stage="build", phase=phase, done=done, total=total)
+
+    return report
+
+
+def _write(path: Path, plan: Any) -> tuple[int, str]:
+    view = memoryview(plan)
+    try:
+        path.write_bytes(view)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    return view.nbytes, hashlib.sha256(view).hexdigest()

@@ -1,0 +1,138 @@
+"""ONNX file to TensorRT network, in the child process: what the parser refused, and what it should have refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any
+
+from trtforge.runtime.errors import BuildError
+from trtforge.runtime.specs import TensorSpec
+from trtforge.runtime.trt.backend import Backend
+from trtforge.runtime.trt.messages import readable
+
+__all__ = ["NodeError", "check_network", "network_specs", "node_errors"]
+
+# Names of tensorrt.DataType by what numpy and torch call them.
+_DTYPES = {
+    "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "UINT8": "uint8", "INT32": "int32",
+    "INT64": "int64", "BOOL": "bool", "FP8": "float8_e4m3fn",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class NodeError:
+    """One complaint of the parser.
+
+    Attributes:
+        operator: ONNX operator type; "" where no node is to blame.
+        node: The node's name.
+        unsupported: The operator as such is not there (rather than this use of it).
+        text: Readable; "" where `unsupported` says it all.
+        inside: The enclosing `If`, `Loop` and function nodes, outermost first.
+    """
+
+    operator: str
+    node: str
+    unsupported: bool
+    text: str
+    inside: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """All attributes by name."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> NodeError:
+        """The inverse of `to_json`."""
+        return cls(**{**data, "inside": tuple(data["inside"])})
+
+
+def node_errors(parser: Any) -> list[NodeError]:
+    """Every error that an `OnnxParser` holds, the deepest nested node first, without repetition."""
+    found: dict[NodeError, int] = {}
+    for number in range(parser.num_errors):
+        error = parser.get_error(number)
+        text = readable(error.desc())
+        # The first line of a chain says only "Invalid Node - <name>"; the cause stands below it.
+        lines = [line for line in text.splitlines() if not line.startswith("Invalid Node - ")]
+        missing = "Plugin not found" in text or "plugin creator" in text
+        # `desc()` of an operator that the parser lacks is just "false"; other unsupported uses say what they miss.
+        unsupported = missing or (error.code().name == "UNSUPPORTED_NODE" and text in ("false", ""))
+        unsupported = unsupported and bool(error.node_operator())
+        item = NodeError(
+            operator=error.node_operator(),
+            node=error.node_name(),
+            unsupported=unsupported,
+            text="" if unsupported or text == "false" else "; ".join(lines),
+            inside=tuple(error.local_function_stack()),
+        )
+        found.setdefault(item, number)
+    return sorted(found, key=lambda item: (-len(item.inside), found[item]))
+
+
+def check_network(trt: ModuleType, network: Any, backend: Backend) -> None:
+    """Refuses networks that parse and then fail to build without a word of the reason.
+
+    Raises:
+        BuildError: no outputs; an input whose values decide shapes; INT8 convolutions where there is no kernel.
+    """
+    if network.num_outputs == 0:
+        raise BuildError(
+            "the ONNX file holds no graph with outputs",
+            why="TensorRT's parser takes nearly any bytes for an empty model",
+            fix="export the model again",
+        )
+    for tensor in _tensors(network, "input"):
+        if tensor.is_shape_tensor:
+            raise BuildError(
+                f"the values of input {tensor.name!r} decide shapes inside the network",
+                why="an optimization profile gives ranges to the shapes of inputs, not to their values",
+                fix="take the sizes from an input's shape instead, or make them constants",
+            )
+    if not backend.capabilities.int8_conv and (names := _int8_convolutions(trt, network)):
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise BuildError(
+            f"{backend} has no INT8 convolutions; this network has {len(names)}: {shown}",
+            why="TensorRT-RTX builds INT8 Conv from 1.7 on",
+            fix="pip install --upgrade 'tensorrt-rtx>=1.7', or leave Conv out of the quantization, or use fp8",
+        )
+
+
+def network_specs(network: Any) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs as TensorRT sees them; a dynamic dimension that ONNX does not name is called `name[axis]`."""
+    return (
+        tuple(_spec(tensor) for tensor in _tensors(network, "input")),
+        tuple(_spec(tensor) for tensor in _tensors(network, "output")),
+    )
+
+
+def _tensors(network: Any, kind: str) -> Iterator[Any]:
+    for number in range(getattr(network, f"num_{kind}s")):
+        yield getattr(network, f"get_{kind}")(number)
+
+
+def _spec(tensor: Any) -> TensorSpec:
+    shape = tuple(
+        size if size >= 0 else tensor.get_dimension_name(axis) or f"{tensor.name}[{axis}]"
+        for axis, size in enumerate(tuple(tensor.shape))
+    )
+    return TensorSpec(tensor.name, _DTYPES.get(tensor.dtype.name, tensor.dtype.name.lower()), shape)
+
+
+def _int8_convolutions(trt: ModuleType, network: Any) -> list[str]:
+    """Names of (de)convolutions, one of whose inputs a DequantizeLinear of INT8 makes."""
+    dequantized, convolutions = set(), []
+    for number in range(network.num_layers):
+        layer = network.get_layer(number)
+        if layer.type == trt.LayerType.DEQUANTIZE and layer.get_input(0).dtype == trt.DataType.INT8:
+            dequantized.add(layer.get_output(0).name)
+        elif layer.type in (trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION):
+            convolutions.append(layer)
+    found = []
+    for layer in convolutions:
+        inputs = [layer.get_input(number) for number in range(layer.num_inputs)]
+        if any(tensor is not None and tensor.name in dequantized for tensor in inputs):
+            found.append(layer.name)
+    return found
