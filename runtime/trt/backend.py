@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -210,10 +211,8 @@ def _installed_version(name: str) -> str | None:
     if spec is None or spec.origin is None:
         return None
     for distribution in _DISTRIBUTIONS[name]:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     written = re.search(r'__version__ = "([\d.]+)', Path(spec.origin).read_text(encoding="utf-8"))
     return written.group(1) if written else None
 

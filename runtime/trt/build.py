@@ -241,7 +241,7 @@ def _failure(backend: Backend, onnx: Path, failure: Mapping[str, Any], scan: Onn
 
 def _move(partial: Path, engine: Path) -> None:
     try:
-        os.replace(partial, engine)
+        partial.replace(engine)
     except OSError as error:
         raise _unwritable(engine, error) from error
 

@@ -1,4 +1,4 @@
-"""What a failed build tells the user: the deepest cause first, unsupported operators in one list, and their own lines."""
+"""What a failed build tells the user: deepest cause first, unsupported operators in one list, the user's own lines."""
 
 from __future__ import annotations
 
@@ -57,8 +57,7 @@ def build_failed(backend: Backend, onnx: Path, log: Sequence[str], scan: OnnxSca
     """The builder gave no engine; the last error is the cause, the ones before it led there."""
     said = list(log)
     doomed = [op for op in sorted(backend.capabilities.doomed_operators) if op in scan.operators]
-    for operator in doomed:
-        said.append(f"{operator} does not build: {', '.join(scan.operators[operator])}")
+    said += [f"{operator} does not build: {', '.join(scan.operators[operator])}" for operator in doomed]
     lines = [f"{name}: {line}" for name, line in scan.lines.items() if any(_mentions(text, name) for text in said)]
     return BuildError(
         f"{backend} cannot build {onnx}: {said[-1] if said else 'it gives no reason'}",

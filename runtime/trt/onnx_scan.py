@@ -1,4 +1,4 @@
-"""A look at the ONNX file before TensorRT sees it: what its parser would swallow silently, and where nodes come from."""
+"""A look at the ONNX file before TensorRT sees it: what its parser would swallow, and where nodes come from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimization profiles, in the child process: checked by us, since TensorRT swallows most mistakes or reports them late."""
+"""Optimization profiles, in the child process. TensorRT swallows most mistakes in them: they are checked here."""
 
 from __future__ import annotations
 
