@@ -1,0 +1,286 @@
+"""PyTorch to ONNX: capture with torch.export, translate with torch.onnx, check what came out against what was asked."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import OutputFixPass
+
+from trtforge.converter.cleanup import clean
+from trtforge.converter.example import merge_profiles
+from trtforge.converter.export_errors import explain_capture, explain_translation, frozen_dimension
+from trtforge.converter.identity import WRAPPER, identify
+from trtforge.converter.signature import ExampleInputs, name_outputs
+from trtforge.runtime.errors import ConfigError, ExportError
+from trtforge.runtime.graph import OnnxModel, all_graphs, save_graph
+from trtforge.runtime.specs import DimRange, Profile
+from trtforge.runtime.torch_runner import evaluation
+
+__all__ = ["FlatCall", "export_module"]
+
+_log = logging.getLogger("trtforge.export")
+
+
+class _Seen:
+    names: tuple[str, ...] = ()
+
+
+class FlatCall(torch.nn.Module):
+    """A module behind a signature of flat, named tensors, so that torch sees no containers, None or keywords.
+
+    Calling it returns the module's tensors in order; `output_names` are then known.
+
+    Args:
+        module: What is called.
+        example: The call that tensors are put into.
+    """
+
+    def __init__(self, module: torch.nn.Module, example: ExampleInputs) -> None:
+        super().__init__()
+        self.add_module(WRAPPER, module)
+        self._example = example
+        # torch.export puts a module's attributes back as they were, lists and dicts included
+        self._seen = _Seen()
+        self.forward = _with_parameters(self._call, [spec.name for spec in example.specs])
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of what the last call returned."""
+        return self._seen.names
+
+    def _call(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        args, kwargs = self._example.bind(tensors)
+        named = name_outputs(self.get_submodule(WRAPPER)(*args, **kwargs))
+        self._seen.names = tuple(name for name, _ in named)
+        return tuple(tensor for _, tensor in named)
+
+
+def export_module(
+    module: torch.nn.Module,
+    example: ExampleInputs,
+    *,
+    profiles: Sequence[Profile] = (),
+    output_names: Sequence[str] | None = None,
+    opset: int,
+    folder: Path,
+) -> OnnxModel:
+    """Exports a module, in eval mode, to `folder/reference.onnx`, with the user's names and node ids.
+
+    The module is left as it was: mode, parameters, `requires_grad`.
+
+    Args:
+        module: On any device.
+        example: The call to export; sizes of dynamic dimensions are 2 or more.
+        profiles: Ranges of the dimensions that the example's specs name.
+        output_names: One for each output tensor; without, they come from dict keys, fields and positions.
+        opset: Version of the default operator set.
+        folder: An existing folder.
+
+    Raises:
+        ConfigError: `output_names` of another number than there are outputs.
+        ExportError: torch cannot express the model, or a dimension that was asked to be dynamic is not.
+    """
+    dims = merge_profiles(profiles)
+    flat = FlatCall(module, example)
+    with evaluation(module), _quiet():
+        program = _capture(flat, example, dims)
+        names = _output_names(flat.output_names, output_names)
+        model = _translate(program, example, opset)
+    _name_values(model, example, names)
+    _name_dims(model, example)
+    clean(model)
+    identify(model)
+    return save_graph(model, folder / "reference.onnx")
+
+
+def _capture(flat: FlatCall, example: ExampleInputs, dims: Mapping[str, DimRange]) -> torch.export.ExportedProgram:
+    symbols = {
+        name: torch.export.Dim(name, min=dim.min, max=dim.max) for name, dim in dims.items() if dim.min < dim.max
+    }
+    shapes = tuple(
+        {axis: symbols[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in example.specs
+    )
+    # torch.onnx.export retries a failed capture with the "suggested fix", and so freezes dimensions in silence (RAFT's
+    # chunk on the batch): capture here, once, and never refine.
+    try:
+        with _capture_settings():
+            return torch.export.export(
+                flat,
+                example.tensors,
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+    except Exception as error:  # noqa: BLE001 - the module's own code runs here and may raise anything
+        raise explain_capture(error, flat, example) from error
+
+
+def _translate(program: torch.export.ExportedProgram, example: ExampleInputs, opset: int) -> ir.Model:
+    try:
+        with _capture_settings():
+            result = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, optimize=True)
+    except Exception as error:  # noqa: BLE001 - torch.onnx raises what its translation of each operator raises
+        raise explain_translation(error, program) from error
+    assert result is not None
+    model = result.model
+    if len(model.graph.inputs) != len(example.specs):
+        raise ExportError(
+            f"the graph has {len(model.graph.inputs)} inputs, the module was called with {len(example.specs)} tensors"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _capture_settings() -> Iterator[None]:
+    """What `torch.onnx.export` sets around its capture, needed around its translation too."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        # Under no_grad an LSTM is decomposed step by step, which freezes its length.
+        stack.enter_context(torch.enable_grad())
+        # Sizes of 1 stay dynamic: no branch on `size == 1` is taken into the graph.
+        stack.enter_context(torch.fx.experimental._config.patch(backed_size_oblivious=True))
+        for patch in _rnn_patches():
+            stack.enter_context(patch())
+        yield
+
+
+def _rnn_patches() -> list[Any]:
+    # A length that is dynamic survives an LSTM only with torch's decomposition into a loop. Without it the translation
+    # writes the example's length into the shapes behind it, though the operator itself stays dynamic.
+    try:
+        from torch.export import _patches
+    except ImportError:
+        return []
+    names = ("register_lstm_while_loop_decomposition", "register_gru_while_loop_decomposition")
+    return [getattr(_patches, name) for name in names if hasattr(_patches, name)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Sends to the debug log what torch and the module print, warn and log."""
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
+    before = [(logger.propagate, list(logger.handlers)) for logger in loggers]
+    for logger in loggers:
+        logger.propagate, logger.handlers = False, [handler]
+    try:
+        with (
+            contextlib.redirect_stdout(text),
+            contextlib.redirect_stderr(text),
+            warnings.catch_warnings(record=True) as caught,
+        ):
+            warnings.simplefilter("always")
+            yield
+    finally:
+        for logger, (propagate, handlers) in zip(loggers, before, strict=True):
+            logger.propagate, logger.handlers = propagate, handlers
+        for warning in caught:
+            _log.debug("%s: %s", warning.category.__name__, warning.message)
+        if text.getvalue():
+            _log.debug("%s", text.getvalue())
+
+
+def _with_parameters(function: Any, names: Sequence[str]) -> Any:
+    """`function(*tensors)` with a signature of identifiers made from `names`, which torch's messages then use."""
+
+    def forward(*tensors: torch.Tensor) -> Any:
+        return function(*tensors)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    identifiers: list[str] = []
+    for name in names:
+        word = re.sub(r"\W", "_", name)
+        identifiers.append(word if word.isidentifier() and word not in identifiers else f"input_{len(identifiers)}")
+    forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in identifiers])  # type: ignore[attr-defined]
+    return forward
+
+
+def _output_names(derived: Sequence[str], wanted: Sequence[str] | None) -> Sequence[str]:
+    if not derived:
+        raise ExportError("the module returned no tensor", fix="return a tensor, or tensors in a tuple, list or dict")
+    if wanted is None:
+        return derived
+    if len(wanted) != len(derived):
+        raise ConfigError(
+            f"outputs names {len(wanted)} tensors, the model returns {len(derived)}: {', '.join(derived)}",
+            fix="name each of them, in this order, or leave `outputs` out",
+        )
+    for name in wanted:
+        if list(wanted).count(name) > 1:
+            raise ConfigError(f"outputs has the name {name!r} twice")
+    return wanted
+
+
+def _name_values(model: ir.Model, example: ExampleInputs, outputs: Sequence[str]) -> None:
+    graph = model.graph
+    OutputFixPass()(model)
+    if len(graph.outputs) != len(outputs):
+        raise ExportError(
+            f"the graph has {len(graph.outputs)} outputs, the module returned {len(outputs)}: {', '.join(outputs)}"
+        )
+    for value in list(graph.initializers.values()):
+        if value.name and value.name.startswith(f"{WRAPPER}."):
+            value.name = value.name.removeprefix(f"{WRAPPER}.")
+    public = {*(spec.name for spec in example.specs), *outputs}
+    ends = {*graph.inputs, *graph.outputs}
+    taken = {value.name for value in _all_values(model)} | public
+    for value in _all_values(model):
+        if value.name in public and value not in ends:
+            value.name = _free_name(f"{value.name}_inner", taken)
+    for value in ends:
+        value.name = _free_name("end", taken)
+    for value, name in zip([*graph.inputs, *graph.outputs], [*(s.name for s in example.specs), *outputs], strict=True):
+        value.name = name
+
+
+def _name_dims(model: ir.Model, example: ExampleInputs) -> None:
+    symbols: dict[str, str] = {}
+    for value, spec in zip(model.graph.inputs, example.specs, strict=True):
+        for axis, (wanted, found) in enumerate(zip(spec.shape, value.shape or (), strict=True)):
+            if isinstance(wanted, str) and isinstance(found, int):
+                raise frozen_dimension(wanted, found, spec.name, axis)
+            if isinstance(wanted, str) and isinstance(found, ir.SymbolicDim) and found.value is not None:
+                symbols[str(found.value)] = wanted
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, symbols)) + r")\b")
+    if not symbols:
+        return
+    for value in _all_values(model):
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [
+                    dim if isinstance(dim, int) or dim.value is None else pattern.sub(_lookup(symbols), str(dim.value))
+                    for dim in value.shape
+                ]
+            )
+
+
+def _lookup(symbols: Mapping[str, str]) -> Callable[[re.Match[str]], str]:
+    return lambda match: symbols[match.group()]
+
+
+def _all_values(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in all_graphs(model):
+        yield from graph.inputs
+        if isinstance(graph, ir.Graph):
+            yield from graph.initializers.values()
+        for node in graph:
+            yield from node.outputs
+
+
+def _free_name(wanted: str, taken: set[str | None]) -> str:
+    name, number = wanted, 1
+    while name in taken:
+        name, number = f"{wanted}_{number}", number + 1
+    taken.add(name)
+    return name
