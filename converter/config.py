@@ -88,6 +88,7 @@ class ConversionConfig:
 
     Attributes:
         name: The model's name in the file, with the matrix's values appended.
+        model: The model's name in the file.
         source: Where it comes from.
         profiles: Optimization profiles, each a range for every dynamic dimension; one empty profile without any.
         inputs: Inputs by the forward's parameter names; may be empty where Python gives examples.
@@ -101,6 +102,7 @@ class ConversionConfig:
     """
 
     name: str
+    model: str = ""
     source: Source = Source()
     profiles: tuple[Profile, ...] = ({},)
     inputs: tuple[InputSpec, ...] = ()
@@ -263,7 +265,7 @@ def _resolve_all(section: FileSection, data: Mapping[str, Any], source: YamlSour
                     at = ".".join(map(str, first["loc"]))
                     raise ConfigError(f"{source.where(('matrix',))}: matrix value for {at}: {first['msg']}") from None
             try:
-                out.append(_resolve(full, model, source))
+                out.append(_resolve(full, name, model, source))
             except ConfigError as error:
                 raise ConfigError(
                     f"{source.where(('models', name))}: {full}: {error.what}", why=error.why, fix=error.fix
@@ -289,7 +291,7 @@ def _set(data: dict[str, Any], axis: str, value: Any) -> None:
     data[last] = value
 
 
-def _resolve(name: str, model: ModelSection, source: YamlSource) -> ConversionConfig:
+def _resolve(name: str, model_name: str, model: ModelSection, source: YamlSource) -> ConversionConfig:
     folder = source.path.resolve().parent
     profiles = parse_profiles(model.dims)
     inputs = tuple(_input(key, value) for key, value in model.inputs.items())
@@ -300,6 +302,7 @@ def _resolve(name: str, model: ModelSection, source: YamlSource) -> ConversionCo
     check_dims(inputs, profiles)
     return ConversionConfig(
         name=name,
+        model=model_name,
         source=_source(model.source, folder),
         profiles=profiles,
         inputs=inputs,

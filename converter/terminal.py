@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trtforge.converter.progress import Event
 from trtforge.converter.references import UserCodeError
 from trtforge.runtime.errors import TrtForgeError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
     from typing_extensions import Self
 
-    from rich.progress import Progress, TaskID
-
-__all__ = ["ProgressView", "print_error", "print_table"]
+__all__ = ["ProgressView", "print_error", "print_json", "print_table"]
 
 _OURS = Path(__file__).resolve().parents[1]
 
@@ -94,7 +94,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def print_error(error: TrtForgeError) -> None:
+def print_json(data: Mapping[str, Any]) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))  # noqa: T201  # as above
+
+
+def print_error(error: TrtForgeError, *, subject: str = "") -> None:
     """What, why and what to do, on stderr; before it the user's own traceback where the user's code raised."""
     if isinstance(error, UserCodeError) and error.__cause__ is not None:
         frames = traceback.extract_tb(error.__cause__.__traceback__)
@@ -104,5 +109,5 @@ def print_error(error: TrtForgeError) -> None:
         if theirs:
             print("Traceback in your code:", file=sys.stderr)  # noqa: T201  # as above
             print("".join(traceback.format_list(theirs)), end="", file=sys.stderr)  # noqa: T201  # as above
-    stage = f" [{error.stage}]" if error.stage else ""
-    print(f"error{stage}: {error}", file=sys.stderr)  # noqa: T201  # as above
+    about = " ".join(word for word in (subject, f"[{error.stage}]" if error.stage else "") if word)
+    print(f"error{' in ' + about if about else ''}: {error}", file=sys.stderr)  # noqa: T201  # as above

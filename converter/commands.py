@@ -1,0 +1,121 @@
+"""What each command does and prints; `cli.py` has only their names and options, so that `--help` stays fast."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trtforge.converter.batch import Outcome, convert_all, select_models, worst_exit_code
+from trtforge.converter.terminal import ProgressView, print_error, print_json, print_table
+from trtforge.runtime.errors import TrtForgeError
+
+__all__ = ["convert", "inspect", "validate"]
+
+
+def convert(file: Path, *, only: str | None, output: Path, as_json: bool) -> int:
+    """Converts the models of `file`; the exit code is the worst of theirs."""
+    configs = select_models(file, only)
+    with ProgressView() as view:
+
+        def name_lines(name: str) -> None:
+            view.name = name
+
+        def tell(outcome: Outcome) -> None:
+            if isinstance(outcome.error, TrtForgeError):
+                print_error(outcome.error, subject=outcome.name)
+
+        outcomes = convert_all(configs, output, on_event=view.show, on_start=name_lines, on_outcome=tell)
+    if as_json:
+        print_json({"models": {outcome.name: outcome.to_json() for outcome in outcomes}})
+    else:
+        print_table("", _COLUMNS, [_row(outcome) for outcome in outcomes])
+    return worst_exit_code(outcomes)
+
+
+def validate(path: Path, *, output: Path | None, as_json: bool) -> int:
+    """Checks and proves an artifact again."""
+    from trtforge.converter.revalidate import validate_artifact
+
+    from trtforge.converter.progress import Stages
+
+    with ProgressView() as view:
+        view.name = path.name
+        stages = Stages(view.show)
+        artifact = validate_artifact(path, output=output, stages=stages)
+    facts = dict(artifact.facts)
+    outcome = Outcome(artifact.name, artifact.status, artifact.path, stages.seconds, facts=facts)
+    if as_json:
+        print_json({"models": {outcome.name: outcome.to_json()}})
+    else:
+        print_table("", _COLUMNS, [_row(outcome)])
+    return 0
+
+
+def inspect(path: Path, *, as_json: bool) -> int:
+    """Prints what an artifact or an ONNX file holds."""
+    from trtforge.converter.inspection import describe_path
+
+    facts = describe_path(path)
+    if as_json:
+        print_json(facts)
+        return 0
+    for title, columns, rows in _inspection_tables(facts):
+        print_table(title, columns, rows)
+    return 0
+
+
+_COLUMNS = ("model", "status", "precision", "proved by", "SQNR dB", "cosine", "max err / std", "MB", "seconds")
+
+
+def _row(outcome: Outcome) -> list[str]:
+    seconds = f"{sum(outcome.seconds.values()):.1f}"
+    facts = outcome.facts
+    if not facts:
+        stage = getattr(outcome.error, "stage", "") or "bug"
+        return [outcome.name, f"failed ({stage})", "-", "-", "-", "-", "-", "-", seconds]
+    measured: Mapping[str, Any] = facts.get("measured", {})
+    size = sum(entry["size"] for name, entry in facts["files"].items() if name.startswith("model.engine"))
+    size = size or sum(entry["size"] for name, entry in facts["files"].items() if name.endswith(".onnx"))
+    return [
+        outcome.name,
+        outcome.status,
+        str(facts.get("precision", "")),
+        str(measured.get("runner", "")),
+        _number(measured.get("sqnr_db"), ".1f"),
+        _number(measured.get("cosine"), ".6f"),
+        _number(measured.get("max_abs_over_std"), ".2e"),
+        f"{size / 1e6:.2f}",
+        seconds,
+    ]
+
+
+def _number(value: object, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else ("-" if value is None else str(value))
+
+
+def _inspection_tables(facts: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
+    simple = [
+        [key, _plain(value)] for key, value in facts.items() if key not in ("files", "nodes", "inputs", "outputs")
+    ]
+    tensors = [
+        [side, item["name"], item["dtype"], " x ".join(map(str, item["shape"]))]
+        for side in ("inputs", "outputs")
+        for item in facts.get(side, [])
+    ]
+    tables: list[tuple[str, tuple[str, ...], list[list[str]]]] = [
+        (str(facts.get("name", "")), ("fact", "value"), simple),
+        ("inputs and outputs", ("side", "name", "dtype", "shape"), tensors),
+    ]
+    if "nodes" in facts:
+        rows = [[n["module"], n["op"], str(n["count"]), n["precision"], n["reason"]] for n in facts["nodes"]]
+        tables.append(("modules", ("module", "operator", "nodes", "precision", "reason"), rows))
+    if "files" in facts:
+        files = [[name, f"{e['size']:,}", e["sha256"][:16]] for name, e in facts["files"].items()]
+        tables.append(("files", ("file", "bytes", "SHA-256"), files))
+    return tables
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

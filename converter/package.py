@@ -1,0 +1,254 @@
+"""From what a conversion made to an artifact on disk. Refuses an engine whose proof is missing, failed or another's."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trtforge.converter.artifact import PLAN, Artifact, input_facts
+from trtforge.converter.config import ConversionConfig
+from trtforge.converter.manifest import Status, write_manifest
+from trtforge.converter.sources import LoadedModel
+from trtforge.runtime.errors import ParityError
+from trtforge.runtime.graph import OnnxModel
+from trtforge.runtime.precision import Precision, PrecisionPlan
+from trtforge.runtime.publish import hash_file, publish_folder
+from trtforge.runtime.specs import InputSpec
+
+if TYPE_CHECKING:
+    from trtforge.runtime.trt.build import BuiltEngine
+    from trtforge.validation.golden import GoldenSet
+    from trtforge.validation.parity import ParityReport
+    from trtforge.validation.tolerance import Tolerance
+
+__all__ = ["Package", "measured_facts", "publish_package", "publish_proved", "versions"]
+
+_DISTRIBUTIONS = (
+    "trtforge",
+    "torch",
+    "torchvision",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "numpy",
+    "polygraphy",
+)
+
+
+@dataclass(slots=True)
+class Package:
+    """What a conversion has made so far.
+
+    Attributes:
+        config: What was wanted.
+        loaded: What it was made from.
+        specs: Inputs, with the values that were generated for them.
+        reference: The float graph.
+        model: The graph with the plan carried out; the same object as `reference` where they are equal.
+        plan: The plan with the overflow guard's rules.
+        golden: Inputs and PyTorch's outputs.
+        used: Every precision that a node runs in.
+        tolerance: The limits of the last proof.
+        engine: None where none was built.
+        reports: The proofs, in order.
+    """
+
+    config: ConversionConfig
+    loaded: LoadedModel
+    specs: tuple[InputSpec, ...]
+    reference: OnnxModel
+    model: OnnxModel
+    plan: PrecisionPlan
+    golden: GoldenSet
+    used: set[Precision] = field(default_factory=lambda: {"fp32"})
+    tolerance: Tolerance | None = None
+    engine: BuiltEngine | None = None
+    reports: list[ParityReport] = field(default_factory=list)
+
+
+def publish_package(package: Package, folder: Path, target: Path, *, failed: ParityError | None = None) -> Artifact:
+    """Writes plan, report and manifest into `folder`, which holds the rest, and publishes it at `target`.
+
+    Args:
+        package: What was made.
+        folder: Staged beside `target`.
+        target: The artifact's place; `NAME.failed` where `failed` is given.
+        failed: Why the proof failed.
+
+    Raises:
+        ParityError: a proof is missing, did not pass, or is of another graph or engine. "Validated" is an invariant.
+    """
+    (folder / PLAN).write_text(package.plan.to_yaml(), encoding="utf-8")
+    facts = _facts(package)
+    return publish_proved(
+        folder,
+        target,
+        package.config.name,
+        facts,
+        package.reports,
+        graphs=(package.reference.hash, package.model.hash),
+        engine=package.engine and package.engine.path,
+        failed=failed,
+    )
+
+
+def publish_proved(
+    folder: Path,
+    target: Path,
+    name: str,
+    facts: Mapping[str, Any],
+    reports: list[ParityReport],
+    *,
+    graphs: tuple[str, str],
+    engine: Path | None,
+    failed: ParityError | None = None,
+) -> Artifact:
+    """Publishes `folder` at `target` with the status that its proofs give it.
+
+    Args:
+        folder: Everything but report and manifest.
+        target: Where it goes.
+        name: The model's name.
+        facts: The manifest but for status and files.
+        reports: The proofs.
+        graphs: Hashes of the float graph and of the one with the plan carried out.
+        engine: The plan file, where there is one.
+        failed: Why the proof failed; then nothing is required of it.
+
+    Raises:
+        ParityError: as `publish_package`.
+    """
+    from trtforge.converter.reporting import write_reports
+
+    status: Status = "failed" if failed else _status(reports, graphs, engine)
+    write_reports(folder, name, status, facts, reports, failed)
+    manifest = write_manifest(folder, status, name, facts)
+    publish_folder(folder, target)
+    return Artifact(target, manifest)
+
+
+def _status(reports: list[ParityReport], graphs: tuple[str, str], engine: Path | None) -> Status:
+    by_stage = {report.candidate.stage: report for report in reports}
+    _require(by_stage.get("export"), "the float graph", "graph", graphs[0])
+    if graphs[1] != graphs[0]:
+        _require(by_stage.get("precision"), "the graph with the plan carried out", "graph", graphs[1])
+    if engine is None:
+        return "portable"
+    if "engine" not in by_stage:
+        return "built"
+    _require(by_stage["engine"], "the engine", "engine", hash_file(engine))
+    return "validated"
+
+
+def _require(report: ParityReport | None, what: str, kind: str, wanted: str) -> None:
+    if report is None:
+        raise ParityError(f"{what} has no proof, so it is not published")
+    report.raise_unless_passed()
+    proved = report.candidate.hashes.get(kind)
+    if proved != wanted:
+        raise ParityError(f"the proof of {what} is of another one: {proved}, not {wanted}")
+
+
+def _facts(package: Package) -> dict[str, Any]:
+    from trtforge.runtime.device import device_facts
+
+    config, engine = package.config, package.engine
+    ran = any(report.candidate.stage == "engine" for report in package.reports)
+    device = device_facts() if ran else None
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "precision": config.plan.default,
+        "inputs": [input_facts(spec) for spec in package.specs],
+        "outputs": [spec.to_json() for spec in package.reference.outputs],
+        "profiles": [{n: [d.min, d.opt, d.max] for n, d in profile.items()} for profile in config.profiles],
+        "opset": package.reference.opset,
+        "graphs": {"reference": package.reference.hash, "model": package.model.hash},
+        "used_precisions": sorted(package.used),
+        "source": _source_facts(package),
+        "calibration": None,
+        "engine": None
+        if engine is None
+        else {
+            "sha256": engine.sha256,
+            "size": engine.size_bytes,
+            "backend": engine.backend,
+            "version": engine.version,
+            "compute_capabilities": list(engine.compute_capabilities),
+            "tf32": config.plan.default == "tf32",
+            "warnings": list(engine.warnings),
+        },
+        "target": {
+            "backend": config.target.backend,
+            "compute_capabilities": list(config.target.compute_capabilities),
+            "optimization_level": config.target.optimization_level,
+            "workspace_mib": config.target.workspace_mib,
+        },
+        "device": None
+        if device is None
+        else {"name": device.name, "compute_capability": device.compute_capability, "sm_count": device.sm_count},
+        "tolerance": package.tolerance.to_json() if package.tolerance else None,
+        "measured": measured_facts(package.reports),
+        "versions": versions(),
+        "command": reproduce_command(config),
+    }
+
+
+def measured_facts(reports: list[ParityReport]) -> dict[str, Any]:
+    """The worst figures over the outputs of the last proof; infinite ones as text, which JSON lacks."""
+    if not reports:
+        return {}
+    report = reports[-1]
+    measures = [output.pooled for output in report.outputs if output.pooled is not None]
+    facts: dict[str, Any] = {"runner": report.candidate.runner, "stage": report.candidate.stage}
+    if measures:
+        facts |= {
+            "sqnr_db": _finite(min(m.sqnr_db for m in measures)),
+            "cosine": _finite(min(m.cosine for m in measures)),
+            "max_abs_over_std": _finite(max(m.max_abs_over_std for m in measures)),
+            "max_abs": _finite(max(m.max_abs for m in measures)),
+        }
+    if report.notes:
+        facts["notes"] = list(report.notes)
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Of what could change the result, where it is installed."""
+    found = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def reproduce_command(config: ConversionConfig) -> str:
+    """The command line that makes the artifact again; for a model from Python, the call."""
+    if config.origin is None:
+        return "trtforge.convert(...) from Python"
+    return shlex.join(["trtforge", "convert", str(config.origin), "--only", config.name])
+
+
+def _source_facts(package: Package) -> dict[str, Any]:
+    source, loaded = package.config.source, package.loaded
+    facts: dict[str, Any] = {"hash": loaded.source_hash, "checkpoint_sha256": loaded.checkpoint_hash}
+    if source.factory:
+        facts |= {"factory": source.factory, "kwargs": json.loads(json.dumps(dict(source.kwargs), default=str))}
+    for kind in ("checkpoint", "onnx", "exported_program"):
+        path: Path | None = getattr(source, kind)
+        if path is not None:
+            facts[kind] = str(path)
+    return facts
+
+
+def _finite(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,359 @@
+"""The order of things: source, export, golden set, plan, casts, build, proof, package. Nothing else knows it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trtforge.converter.artifact import ENGINE, FAILED_SUFFIX, MODEL, PROOF, Artifact
+from trtforge.converter.config import ConversionConfig
+from trtforge.converter.package import Package, publish_package
+from trtforge.converter.progress import Stages
+from trtforge.converter.sources import LoadedModel, load_source
+from trtforge.runtime.errors import BuildError, ConfigError, ParityError
+from trtforge.runtime.graph import OnnxModel
+from trtforge.runtime.precision import Precision, PrecisionPlan, Rule
+from trtforge.runtime.publish import staging_folder
+from trtforge.runtime.specs import InputSpec, Profile, resolve_shape
+
+if TYPE_CHECKING:
+    from trtforge.converter.prove import Bench
+    from trtforge.runtime.runner import Runner, Tensors
+    from trtforge.runtime.trt.backend import Backend
+    from trtforge.runtime.trt.build import BuiltEngine, Shapes
+    from trtforge.validation.parity import ParityReport
+    from trtforge.validation.tolerance import Tolerance
+
+__all__ = ["LiveData", "convert_config", "run_pipeline"]
+
+_PORTABLE_OPSET = 20
+"""For a backend that is not installed here: what every supported one parses."""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveData:
+    """Data that Python gave as objects; YAML names functions instead."""
+
+    validation: object | None = None
+    calibration: object | None = None
+
+
+def convert_config(config: ConversionConfig, target: Path, stages: Stages) -> Artifact:
+    """Loads the configuration's source and runs the pipeline."""
+    with stages.stage("load"):
+        loaded = load_source(config)
+    return run_pipeline(config, loaded, target, stages)
+
+
+def run_pipeline(
+    config: ConversionConfig, loaded: LoadedModel, target: Path, stages: Stages, live: LiveData | None = None
+) -> Artifact:
+    """Converts a loaded model and publishes its artifact at `target`.
+
+    A failed proof publishes nothing there and leaves `target.failed`; any other failure leaves nothing.
+
+    Args:
+        config: What is wanted.
+        loaded: The model.
+        target: The artifact's folder.
+        stages: Receives progress; its `seconds` are filled.
+        live: Data from Python.
+
+    Raises:
+        TrtForgeError: as each stage raises.
+    """
+    backend = _find_backend(config, stages)
+    with staging_folder(target.parent) as staging:
+        folder, work = staging / "artifact", staging / "work"
+        folder.mkdir()
+        work.mkdir()
+        run = _Run(config, loaded, backend, folder, work, stages, live or LiveData())
+        failure: ParityError | None = None
+        try:
+            package = run.convert()
+        except ParityError as error:
+            if run.package is None:
+                raise
+            failure, package = error, run.package
+        with stages.stage("package"):
+            place = target.with_name(target.name + FAILED_SUFFIX) if failure else target
+            artifact = publish_package(package, folder, place, failed=failure)
+            if failure is None:
+                shutil.rmtree(target.with_name(target.name + FAILED_SUFFIX), ignore_errors=True)
+    if failure is not None:
+        failure.fix = "; ".join(
+            part for part in (failure.fix, f"everything needed to find out why is in {place}") if part
+        )
+        raise failure
+    return artifact
+
+
+@dataclass(slots=True)
+class _Run:
+    """One conversion under way. `package` is what there would be to show if the next proof fails."""
+
+    config: ConversionConfig
+    loaded: LoadedModel
+    backend: Backend | None
+    folder: Path
+    work: Path
+    stages: Stages
+    live: LiveData
+    package: Package | None = None
+
+    def convert(self) -> Package:
+        from trtforge.validation.tolerance import resolve_tolerance
+
+        stages, plan = self.stages, self.config.plan
+        with stages.stage("export"):
+            reference, specs, runner = self._export()
+        with stages.stage("record"):
+            bench = self._record(specs, runner)
+        package = self.package = Package(
+            config=self.config,
+            loaded=self.loaded,
+            specs=specs,
+            reference=reference,
+            model=reference,
+            plan=plan,
+            golden=bench.golden,
+        )
+        with stages.stage("prove", "onnxruntime, float graph"):
+            package.reports.append(self._prove_export(reference, bench))
+        self._require(package)
+        with stages.stage("plan"):
+            package.plan = self._guard(plan, reference, bench)
+        with stages.stage("cast"):
+            model, used = self._cast(package, reference)
+        package.model, package.used = model, used
+        tolerance = package.tolerance = resolve_tolerance(sorted(used), self.config.validation.tolerance)
+        if model is not reference:
+            with stages.stage("prove", "onnxruntime, with the plan"):
+                package.reports.append(self._prove_model(model, bench, used, tolerance))
+            self._require(package)
+        if self.backend is not None:
+            with stages.stage("build", str(self.backend)):
+                package.engine = self._build(model, specs)
+            if _runs_here(self.backend):
+                with stages.stage("prove", "engine on the GPU"):
+                    package.reports.append(self._prove_engine(package.engine, model, bench, tolerance))
+                self._require(package)
+        return package
+
+    def _export(self) -> tuple[OnnxModel, tuple[InputSpec, ...], Runner]:
+        from trtforge.converter.example import example_from_inputs, example_from_specs
+        from trtforge.converter.export import FlatCall, export_module
+        from trtforge.runtime.torch_runner import TorchRunner
+
+        config, module = self.config, self.loaded.module
+        opset = config.target.opset or (self.backend.capabilities.max_opset if self.backend else _PORTABLE_OPSET)
+        if module is None:
+            return self._import(opset)
+        if self.loaded.example is not None:
+            args, kwargs = self.loaded.example
+            shapes = {spec.name: spec.shape for spec in config.inputs}
+            example = example_from_inputs(module, kwargs or args, profiles=config.profiles, shapes=shapes)
+        else:
+            example = example_from_specs(module, config.inputs, config.profiles)
+        names = config.outputs or None
+        reference = export_module(
+            module, example, profiles=config.profiles, output_names=names, opset=opset, folder=self.folder
+        )
+        runner = TorchRunner(module, FlatCall(module, example), reference.inputs, reference.outputs)
+        return reference, example.specs, runner
+
+    def _import(self, opset: int) -> tuple[OnnxModel, tuple[InputSpec, ...], Runner]:
+        from trtforge.converter.foreign import import_onnx
+
+        from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
+
+        assert self.loaded.onnx is not None
+        imported = import_onnx(
+            self.loaded.onnx, profiles=self.config.profiles, inputs=self.config.inputs, opset=opset, folder=self.folder
+        )
+        return imported.model, imported.specs, OnnxRuntimeRunner(self.loaded.onnx)
+
+    def _record(self, specs: tuple[InputSpec, ...], runner: Runner) -> Bench:
+        from trtforge.converter.prove import Bench
+        from trtforge.validation.golden import plan_points, record
+
+        points = plan_points(self.config.profiles)
+        golden = record(runner, specs, points, real=self._real_inputs(specs))
+        proof = self.folder / PROOF
+        golden.save(proof)
+        return Bench(golden, proof, self.work, self.stages)
+
+    def _real_inputs(self, specs: tuple[InputSpec, ...]) -> Iterable[Tensors]:
+        loader, source = self.config.validation.loader, self.live.validation
+        if loader is not None:
+            from trtforge.converter.references import call_reference
+
+            source = call_reference(loader.reference, loader.kwargs, folder=self.config.folder, what="loader")
+        if source is None:
+            return ()
+        from trtforge.calibration.loaders import read_batches
+
+        return read_batches(source, specs, self.config.profiles, limit=self.config.validation.batches)
+
+    def _prove_export(self, reference: OnnxModel, bench: Bench) -> ParityReport:
+        from trtforge.converter.prove import prove_onnx
+
+        used: set[Precision] = {"fp32"}
+        tolerance = _export_tolerance(self.config.validation.tolerance)
+        return prove_onnx(reference, bench, stage="export", precision="fp32", used=used, tolerance=tolerance)
+
+    def _guard(self, plan: PrecisionPlan, reference: OnnxModel, bench: Bench) -> PrecisionPlan:
+        if "fp16" not in (plan.float_default, *(rule.precision for rule in plan.rules)):
+            return plan  # bfloat16 has float32's range
+        from trtforge.converter.overflow import overflow_rules
+
+        rules = overflow_rules(reference, (sample.inputs for sample in bench.golden.samples), plan)
+        for rule in rules:
+            self.stages.note(f"{rule.id} stays in {rule.precision}: {rule.reason}")
+        return plan.with_rules(rules, graph=reference.hash) if rules else plan
+
+    def _cast(self, package: Package, reference: OnnxModel) -> tuple[OnnxModel, set[Precision]]:
+        from trtforge.converter.casts import apply_plan
+        from trtforge.converter.types import check_types
+        from trtforge.runtime.graph import load_graph, save_graph
+
+        plan = package.plan
+        if plan.float_default in ("fp32", "tf32") and not plan.rules:
+            return reference, {plan.float_default}
+        graph = load_graph(reference.path)
+        decisions = apply_plan(graph, plan, graph=reference.hash)
+        used: set[Precision] = {decision.precision for decision in decisions} or {"fp32"}
+        if used <= {"fp32", "tf32"} and plan.keep_io:
+            return reference, used
+        check_types(graph)
+        # What an operator's types or a weight's size decided belongs into the plan, with its reason.
+        kept = [
+            Rule(decision.precision, id=decision.id, origin=decision.origin, reason=decision.reason)
+            for decision in decisions
+            if decision.origin in ("type", "overflow") and not any(rule.id == decision.id for rule in plan.rules)
+        ]
+        package.plan = plan.with_rules(kept, graph=reference.hash) if kept else plan
+        return save_graph(graph, self.folder / MODEL), used
+
+    def _prove_model(self, model: OnnxModel, bench: Bench, used: set[Precision], tolerance: Tolerance) -> ParityReport:
+        from trtforge.converter.prove import prove_onnx
+
+        plan = self.config.plan
+        return prove_onnx(model, bench, stage="precision", precision=plan.default, used=used, tolerance=tolerance)
+
+    def _build(self, model: OnnxModel, specs: tuple[InputSpec, ...]) -> BuiltEngine:
+        from trtforge.runtime.trt.build import BuildRequest, build_engine
+
+        assert self.backend is not None
+        target = self.config.target
+        request = BuildRequest(
+            onnx=model.path,
+            engine=self.folder / ENGINE,
+            backend=self.backend.name,
+            profiles=engine_profiles(specs, self.config.profiles),
+            tf32=self.config.plan.default == "tf32",
+            compute_capabilities=target.compute_capabilities,
+            optimization_level=target.optimization_level,
+            workspace_bytes=target.workspace_mib and target.workspace_mib << 20,
+        )
+        built = build_engine(request, on_event=self.stages.forward)
+        wanted = {(s.name, s.dtype) for s in (*model.inputs, *model.outputs)}
+        got = {(s.name, s.dtype) for s in (*built.inputs, *built.outputs)}
+        if wanted != got:
+            raise BuildError(
+                f"the engine's inputs and outputs are {sorted(got)}, the model's are {sorted(wanted)}",
+                why="TensorRT changed a name or type while it parsed",
+                fix="give such outputs another dtype in the model",
+            )
+        return built
+
+    def _prove_engine(self, engine: BuiltEngine, model: OnnxModel, bench: Bench, tolerance: Tolerance) -> ParityReport:
+        from trtforge.converter.prove import prove_engine
+
+        return prove_engine(
+            engine.path,
+            engine.backend,
+            bench,
+            graph=model.hash,
+            inputs=model.inputs,
+            outputs=model.outputs,
+            precision=self.config.plan.default,
+            tolerance=tolerance,
+        )
+
+    def _require(self, package: Package) -> None:
+        self.stages.current = "prove"
+        try:
+            package.reports[-1].raise_unless_passed()
+        except ParityError as error:
+            error.stage = "prove"
+            raise
+
+
+def engine_profiles(specs: tuple[InputSpec, ...], profiles: tuple[Profile, ...]) -> tuple[dict[str, Shapes], ...]:
+    """Min, opt and max shape of each input in each profile; none where every shape is fixed."""
+    dynamic = [spec for spec in specs if any(isinstance(dim, str) for dim in spec.shape)]
+    if not dynamic:
+        return ()
+    return tuple({spec.name: _shapes(spec, profile) for spec in dynamic} for profile in profiles)
+
+
+def _shapes(spec: InputSpec, profile: Profile) -> Shapes:
+    lows = resolve_shape(spec.shape, {name: dim.min for name, dim in profile.items()})
+    opts = resolve_shape(spec.shape, {name: dim.opt for name, dim in profile.items()})
+    highs = resolve_shape(spec.shape, {name: dim.max for name, dim in profile.items()})
+    return lows, opts, highs
+
+
+def _find_backend(config: ConversionConfig, stages: Stages) -> Backend | None:
+    from trtforge.runtime.device import gpu_present
+    from trtforge.runtime.errors import MissingDependencyError
+    from trtforge.runtime.trt.backend import find_backend
+
+    try:
+        backend = find_backend(config.target.backend)
+    except MissingDependencyError as error:
+        if config.target.backend == "auto":
+            raise
+        stages.note(f"no engine is built here: {error.what}; the artifact will be portable")
+        return None
+    if backend.capabilities.needs_gpu_to_build and not gpu_present():
+        stages.note(
+            f"{backend} builds on the GPU that it runs on, and there is none here: the artifact will be portable"
+        )
+        return None
+    return backend
+
+
+def _runs_here(backend: Backend) -> bool:
+    from trtforge.runtime.device import device_facts
+
+    device = device_facts()
+    return device is not None and backend.capabilities.runs_on(device.compute_capability)
+
+
+def _export_tolerance(overrides: Any) -> Tolerance:
+    """The float graph is held to fp32's limits, whatever the plan; only a user's looser limit loosens it."""
+    from trtforge.validation.tolerance import DEFAULTS
+
+    base = DEFAULTS["fp32"]
+    looser = {name: value for name, value in overrides.items() if _is_looser(name, value, getattr(base, name))}
+    return replace(base, **looser)
+
+
+def _is_looser(name: str, value: float, default: float | None) -> bool:
+    if default is None:
+        return False
+    return value < default if name in ("sqnr_db", "cosine") else value > default
+
+
+def check_quantization(config: ConversionConfig) -> None:
+    """Raises `ConfigError` where the plan quantizes and there is no calibration data."""
+    if config.plan.quantizes and config.calibration is None:
+        raise ConfigError(
+            f"precision {config.plan.default} needs ranges, and there is no `calibration`",
+            fix="name a loader under `calibration`",
+        )
