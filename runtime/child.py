@@ -13,12 +13,13 @@ import ctypes
 import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -40,6 +41,13 @@ TASKS: dict[str, str] = {
 """What a child can do: `module:function`, called as `function(args, emit) -> JSON-able dict`."""
 
 _GRACE_SECONDS = 5.0
+_POLL_SECONDS = 1.0
+# The user's folder may hold a `typing.py`: it must not come first on the path, which -P says from Python 3.11 on.
+_ENTRY = (
+    ("-P", "-m", "trtforge.runtime.child")
+    if sys.version_info >= (3, 11)
+    else ("-c", "import runpy, sys; del sys.path[0]; runpy.run_module('trtforge.runtime.child', run_name='__main__')")
+)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -78,19 +86,21 @@ def run_child(
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}")
+    request = json.dumps({"task": task, "args": dict(args)}) + "\n"
+    answer = _Answer()
+    # A file, not a pipe: however much a native library prints, it never blocks.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        request = json.dumps({"task": task, "args": dict(args)})
-        process, events = _spawn(request, log, env)
-        answer = _Answer()
+        process, events_fd = _spawn(log, env)
         try:
-            with events:
-                for line in events:
-                    _take(json.loads(line), answer, on_event)
-            code = process.wait()
+            _feed(process, request.encode())
+            for event in _events(events_fd, process):
+                _take(event, answer, on_event)
+            code = _wait(process, answered=answer.result is not None or answer.error is not None)
         except BaseException:
             _stop(process)
             raise
         finally:
+            os.close(events_fd)
             if process.stdin is not None:
                 with contextlib.suppress(OSError):
                     process.stdin.close()
@@ -101,19 +111,17 @@ def run_child(
         raise _crashed(task, code, log)
 
 
-def _spawn(request: str, log: TextIO, env: Mapping[str, str] | None) -> tuple[subprocess.Popen[str], TextIO]:
+def _spawn(log: TextIO, env: Mapping[str, str] | None) -> tuple[subprocess.Popen[bytes], int]:
     read_fd, write_fd = os.pipe()
-    safe_path = ["-P"] if sys.version_info >= (3, 11) else []  # the user's folder may hold a `typing.py`
     try:
         process = subprocess.Popen(
-            [sys.executable, *safe_path, "-m", "trtforge.runtime.child", str(write_fd)],
+            [sys.executable, *_ENTRY, str(write_fd)],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
             pass_fds=(write_fd,),
             start_new_session=True,
-            text=True,
-            encoding="utf-8",
+            bufsize=0,
             env={**os.environ, **_python_path(), "PYTHONUTF8": "1", **(env or {})},
         )
     except BaseException:
@@ -121,15 +129,47 @@ def _spawn(request: str, log: TextIO, env: Mapping[str, str] | None) -> tuple[su
         raise
     finally:
         os.close(write_fd)
-    events = os.fdopen(read_fd, encoding="utf-8")
+    return process, read_fd
+
+
+def _feed(process: subprocess.Popen[bytes], request: bytes) -> None:
     assert process.stdin is not None
+    view = memoryview(request)
+    # stdin stays open after the request: its end tells the child that the parent is gone.
+    with contextlib.suppress(BrokenPipeError):
+        while view:
+            view = view[process.stdin.write(view) or 0 :]
+
+
+def _events(fd: int, process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
+    """Every whole event until the child is gone; what a crash cut in two is dropped."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    pending = bytearray()
+    while True:
+        if not poll.poll(_POLL_SECONDS * 1000):
+            # A process that another thread forked meanwhile may hold the pipe open after the child's end.
+            if process.poll() is not None and not poll.poll(0):
+                return
+            continue
+        block = os.read(fd, 1 << 16)
+        if not block:
+            return
+        pending += block
+        if b"\n" in block:
+            *lines, rest = pending.split(b"\n")
+            pending = bytearray(rest)
+            for line in lines:
+                yield json.loads(line)
+
+
+def _wait(process: subprocess.Popen[bytes], *, answered: bool) -> int:
+    """The exit code; a child that has answered and yet doesn't end is stopped."""
     try:
-        # stdin stays open after the request: its end tells the child that the parent is gone.
-        process.stdin.write(request + "\n")
-        process.stdin.flush()
-    except BrokenPipeError:
-        pass
-    return process, events
+        return process.wait(_GRACE_SECONDS if answered else None)
+    except subprocess.TimeoutExpired:
+        _stop(process)
+        return 0
 
 
 def _python_path() -> dict[str, str]:
@@ -154,7 +194,7 @@ def _take(event: dict[str, Any], answer: _Answer, on_event: OnEvent | None) -> N
         on_event(event)
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
     for stop in (process.terminate, process.kill):
         with contextlib.suppress(ProcessLookupError):
             stop()
@@ -200,11 +240,11 @@ def _die_with_parent() -> None:
 
 def _main(write_fd: int) -> int:
     request_line = bytearray()
-    while not request_line.endswith(b"\n"):
-        byte = os.read(0, 1)
-        if not byte:
+    while not request_line.endswith(b"\n"):  # nothing follows the request
+        block = os.read(0, 1 << 16)
+        if not block:
             return 143
-        request_line += byte
+        request_line += block
     _die_with_parent()
     lock = threading.Lock()
 
@@ -229,4 +269,8 @@ def _main(write_fd: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(int(sys.argv[1])))
+    status = _main(int(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: destructors of native libraries crash or hang at the interpreter's end, and all is said.
+    os._exit(status)

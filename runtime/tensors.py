@@ -15,7 +15,7 @@ import safetensors.numpy
 from trtforge.runtime.errors import ArtifactError
 from trtforge.runtime.runner import Array
 
-__all__ = ["load_tensors", "save_tensors"]
+__all__ = ["group_samples", "load_tensors", "save_tensors"]
 
 # safetensors.numpy reads bfloat16 in some versions and fails in others, so the types are named here.
 _DTYPES: Mapping[str, Any] = {
@@ -73,6 +73,21 @@ def load_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         # A bytearray of its own for each tensor, so the array is writable and aliases nothing.
         tensors[name] = np.frombuffer(entry["data"], dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors, header
+
+
+def group_samples(tensors: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
+    """`{"<sample>/<name>": array}` as `{sample: {name: array}}`; a sample's own name has no slash, a tensor's may.
+
+    Raises:
+        ArtifactError: a key without a slash.
+    """
+    samples: dict[str, dict[str, Array]] = {}
+    for key, array in tensors.items():
+        sample, slash, name = key.partition("/")
+        if not slash:
+            raise ArtifactError(f"the tensor {key!r} belongs to no sample", fix="name it `<sample>/<tensor>`")
+        samples.setdefault(sample, {})[name] = array
+    return samples
 
 
 def _header_metadata(data: bytes) -> dict[str, str]:

@@ -10,15 +10,10 @@ from typing import Any
 from trtforge.runtime.errors import BuildError
 from trtforge.runtime.specs import TensorSpec
 from trtforge.runtime.trt.backend import Backend
+from trtforge.runtime.trt.dtypes import dtype_name
 from trtforge.runtime.trt.messages import readable
 
 __all__ = ["NodeError", "check_network", "network_specs", "node_errors"]
-
-# Names of tensorrt.DataType by what numpy and torch call them.
-_DTYPES = {
-    "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "UINT8": "uint8", "INT32": "int32",
-    "INT64": "int64", "BOOL": "bool", "FP8": "float8_e4m3fn",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +113,7 @@ def _spec(tensor: Any) -> TensorSpec:
         size if size >= 0 else tensor.get_dimension_name(axis) or f"{tensor.name}[{axis}]"
         for axis, size in enumerate(tuple(tensor.shape))
     )
-    return TensorSpec(tensor.name, _DTYPES.get(tensor.dtype.name, tensor.dtype.name.lower()), shape)
+    return TensorSpec(tensor.name, dtype_name(tensor.dtype), shape)
 
 
 def _int8_convolutions(trt: ModuleType, network: Any) -> list[str]:

@@ -1,0 +1,396 @@
+"""Runs an engine on the GPU of this process, on numpy arrays: for proofs, not for speed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from trtforge.runtime.child import ChildCrashError, Emit, OnEvent, run_child
+from trtforge.runtime.device import device_facts
+from trtforge.runtime.errors import ArtifactError, ConfigError
+from trtforge.runtime.runner import Array, Tensors
+from trtforge.runtime.specs import TensorSpec
+from trtforge.runtime.suggest import nearest
+from trtforge.runtime.tensors import group_samples, load_tensors, save_tensors
+from trtforge.runtime.trt.backend import Backend, find_backend, import_backend
+from trtforge.runtime.trt.cuda import Cuda, DeviceBuffer
+from trtforge.runtime.trt.dtypes import dtype_name
+from trtforge.runtime.trt.header import read_rtx_header
+from trtforge.runtime.trt.messages import BuildLog, make_logger
+
+__all__ = ["EngineRunner", "inspect_engine", "inspect_task", "run_engine", "run_task"]
+
+_PROFILE_FIX = "choose sizes inside the profile, or build the engine with wider `dims`"
+
+
+class EngineRunner:
+    """One engine on the first visible GPU. A `Runner`; `close` it (or `contextlib.closing`) to free the GPU's memory.
+
+    Not for several threads at once. Deserialising a plan can run code that is in it: load only engines whose origin and
+    hash are known.
+
+    Args:
+        engine: The plan file.
+        backend: "auto", "tensorrt" or "tensorrt-rtx": what built it.
+
+    Raises:
+        MissingDependencyError: the backend is not installed.
+        ArtifactError: there is no GPU; the engine is corrupt, was built by another release, or is not for this GPU.
+    """
+
+    def __init__(self, engine: Path, backend: str = "auto") -> None:
+        self._backend = find_backend(backend)
+        _check_fit(engine, self._backend)
+        self._trt = import_backend(self._backend)
+        self._log, self._logger = _runtime_logger(self._trt)
+        self._cuda = Cuda()
+        self._buffers: dict[str, DeviceBuffer] = {}
+        self._path = engine
+        self._log.errors.clear()
+        # Each of these stays referenced as long as the next one lives: TensorRT does not see to it.
+        self._runtime: Any = self._trt.Runtime(self._logger)
+        self._engine: Any = self._runtime.deserialize_cuda_engine(_read(engine))
+        if self._engine is None:
+            raise self._refused("does not load")
+        self._context: Any = self._engine.create_execution_context()
+        if self._context is None:
+            raise self._refused("gives no execution context")
+        self._inputs, self._outputs = self._describe()
+        self._profile = 0
+
+    @property
+    def name(self) -> str:
+        """`"tensorrt"` or `"tensorrt-rtx"`."""
+        return self._backend.name
+
+    @property
+    def version(self) -> str:
+        """The version of the backend."""
+        return self._backend.version
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """In the engine's order; engines forget the names of dimensions, so they are called `name[axis]`."""
+        return self._inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """In the engine's order; see `inputs`."""
+        return self._outputs
+
+    @property
+    def profiles(self) -> tuple[dict[str, tuple[tuple[int, ...], ...]], ...]:
+        """For each optimization profile the min, opt and max shape by input name."""
+        return tuple(
+            {spec.name: tuple(self._range(spec, number)) for spec in self._inputs}
+            for number in range(self._engine.num_optimization_profiles)
+        )
+
+    def run(self, feeds: Tensors, *, profile: int | None = None) -> dict[str, Array]:
+        """Outputs by name for one set of inputs; waits for the GPU.
+
+        Args:
+            feeds: Arrays by input name.
+            profile: The optimization profile to run in; None: the one in use, or else the first that holds the shapes.
+
+        Raises:
+            ConfigError: an input is missing, unknown, of another dtype, or outside the profiles.
+            ArtifactError: the GPU failed while it ran.
+        """
+        arrays = self._check_feeds(feeds)
+        self._cuda.make_current()
+        self._log.errors.clear()
+        self._select_profile(arrays, profile)
+        for name, array in arrays.items():
+            if not self._context.set_input_shape(name, array.shape):
+                raise ConfigError(
+                    f"the engine refuses shape {list(array.shape)} for input {name!r}",
+                    why="; ".join(self._log.errors[-3:]),
+                    fix=_PROFILE_FIX,
+                )
+            buffer = self._buffer(name, array.nbytes)
+            self._cuda.copy_in(buffer, array)
+        if missing := self._context.infer_shapes():
+            raise ConfigError(
+                f"the engine cannot infer its shapes from these inputs; missing: {', '.join(missing)}",
+                why="; ".join(self._log.errors[-3:]),
+                fix=_PROFILE_FIX,
+            )
+        results = {spec.name: self._make_output(spec) for spec in self._outputs}
+        if not self._context.execute_async_v3(self._cuda.stream):
+            raise self._refused("failed while it ran")
+        for name, result in results.items():
+            self._cuda.copy_out(result, self._buffers[name])
+        # `arrays` and `results` are read and written until here.
+        self._cuda.synchronize()
+        return results
+
+    def layers(self) -> Any:
+        """What TensorRT made of the network: the engine inspector's JSON, with `Layers` and the tensors in and out."""
+        inspector = self._engine.create_engine_inspector()
+        inspector.execution_context = self._context
+        text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
+        return json.loads(text)
+
+    def close(self) -> None:
+        """Frees the engine and its memory; the runner is of no use afterwards."""
+        self._cuda.make_current()
+        self._context = self._engine = self._runtime = None
+        for buffer in self._buffers.values():
+            buffer.free()
+        self._buffers.clear()
+        self._cuda.close()
+
+    def _describe(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        inputs: list[TensorSpec] = []
+        outputs: list[TensorSpec] = []
+        for number in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(number)
+            if self._engine.get_tensor_location(name) != self._trt.TensorLocation.DEVICE:
+                raise ArtifactError(
+                    f"the tensor {name!r} of {self._path} lives on the host: its values decide shapes",
+                    fix="take sizes from an input's shape instead of an input's values, and build again",
+                )
+            shape = tuple(
+                size if size >= 0 else f"{name}[{axis}]"
+                for axis, size in enumerate(self._engine.get_tensor_shape(name))
+            )
+            spec = TensorSpec(name, dtype_name(self._engine.get_tensor_dtype(name)), shape)
+            is_input = self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
+            (inputs if is_input else outputs).append(spec)
+        return tuple(inputs), tuple(outputs)
+
+    def _range(self, spec: TensorSpec, profile: int) -> list[tuple[int, ...]]:
+        fixed = tuple(size for size in spec.shape if isinstance(size, int))
+        if len(fixed) == len(spec.shape):  # profiles leave inputs of fixed shape out
+            return [fixed] * 3
+        return [tuple(shape) for shape in self._engine.get_tensor_profile_shape(spec.name, profile)]
+
+    def _check_feeds(self, feeds: Tensors) -> dict[str, Array]:
+        names = [spec.name for spec in self._inputs]
+        for name in feeds:
+            if name not in names:
+                raise ConfigError(f"the engine has no input {name!r}", fix=nearest(name, names))
+        arrays = {}
+        for spec in self._inputs:
+            if spec.name not in feeds:
+                raise ConfigError(f"input {spec.name!r} is missing", fix=f"give all of {', '.join(names)}")
+            array = np.asarray(feeds[spec.name], order="C")
+            array = array.astype(array.dtype.newbyteorder("="), copy=False)
+            if array.dtype.name != spec.dtype:
+                raise ConfigError(
+                    f"input {spec.name!r} is {array.dtype.name}, and the engine takes {spec.dtype}",
+                    fix=f"convert it with .astype({spec.dtype!r})",
+                )
+            arrays[spec.name] = array
+        return arrays
+
+    def _select_profile(self, arrays: Mapping[str, Array], asked: int | None) -> None:
+        profiles = self.profiles
+        allowed = range(len(profiles)) if asked is None else (asked,)
+        fitting = [number for number in allowed if number < len(profiles) and _holds(profiles[number], arrays)]
+        if not fitting:
+            given = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+            ranges = "; ".join(
+                f"profile {number}: "
+                + ", ".join(f"{name} {list(least)} to {list(most)}" for name, (least, _, most) in profile.items())
+                for number, profile in enumerate(profiles)
+            )
+            which = "no profile of the engine" if asked is None else f"profile {asked} of the engine does not"
+            raise ConfigError(f"{which} hold{'s' * (asked is None)} {given}", why=ranges, fix=_PROFILE_FIX)
+        # The one in use first: a change of profile makes TensorRT set the context up anew.
+        chosen = self._profile if self._profile in fitting else fitting[0]
+        if chosen != self._profile:
+            if not self._context.set_optimization_profile_async(chosen, self._cuda.stream):
+                raise self._refused(f"cannot switch to profile {chosen}")
+            self._cuda.synchronize()
+            self._profile = chosen
+
+    def _make_output(self, spec: TensorSpec) -> Array:
+        shape = tuple(self._context.get_tensor_shape(spec.name))
+        if any(size < 0 for size in shape):
+            raise ArtifactError(
+                f"the shape {list(shape)} of output {spec.name!r} depends on values",
+                fix="return a tensor of a size that the inputs' shapes decide, with a mask or a count beside it",
+            )
+        result: Array = np.empty(shape, _numpy_dtype(spec.dtype))
+        self._buffer(spec.name, result.nbytes)
+        return result
+
+    def _buffer(self, name: str, size_bytes: int) -> DeviceBuffer:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.size_bytes < size_bytes:
+            if buffer is not None:
+                self._cuda.synchronize()
+                buffer.free()
+            buffer = self._buffers[name] = self._cuda.allocate(size_bytes)
+        if not self._context.set_tensor_address(name, buffer.address):
+            raise self._refused(f"refuses the memory of {name!r}")
+        return buffer
+
+    def _refused(self, what: str) -> ArtifactError:
+        return ArtifactError(
+            f"the engine {self._path} {what} with {self._backend}",
+            why="; ".join(self._log.errors[-5:]),
+            fix="build the engine again on this machine, with this release",
+        )
+
+
+def run_engine(
+    engine: Path,
+    backend: str,
+    feeds: Path,
+    outputs: Path,
+    on_event: OnEvent | None = None,
+    *,
+    profiles: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Runs every sample of a file in a child process, since a broken engine can end the process.
+
+    Args:
+        engine: The plan file.
+        backend: "auto", "tensorrt" or "tensorrt-rtx".
+        feeds: Safetensors with keys `<sample>/<input>`; a sample's own name has no slash.
+        outputs: Written by the child: safetensors with keys `<sample>/<output>`.
+        on_event: Receives `{"event": "progress", "phase": "engine", "done", "total"}` after each sample.
+        profiles: The optimization profile of samples, by sample; the others run in any that holds them.
+
+    Returns:
+        `{"runner", "version", "device", "samples", "load_seconds", "seconds", "inputs", "outputs"}`; seconds of running
+        alone, copies included.
+
+    Raises:
+        TrtForgeError: as `EngineRunner` raises.
+        ArtifactError: also where the engine ended the child natively.
+    """
+    args = {
+        "engine": str(engine),
+        "backend": backend,
+        "feeds": str(feeds),
+        "outputs": str(outputs),
+        "profiles": dict(profiles or {}),
+    }
+    return _in_child("trt.run", args, engine, on_event)
+
+
+def inspect_engine(engine: Path, backend: str) -> dict[str, Any]:
+    """`{"inputs", "outputs", "profiles", "layers"}` of an engine, read in a child process; it takes the engine's GPU.
+
+    Raises:
+        TrtForgeError: as `EngineRunner` raises.
+    """
+    return _in_child("trt.inspect", {"engine": str(engine), "backend": backend}, engine, None)
+
+
+def run_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
+    """The child's end of `run_engine`: same arguments, JSON-able."""
+    tensors, _ = load_tensors(Path(args["feeds"]))
+    samples = group_samples(tensors)
+    if not samples:
+        raise ConfigError(f"{args['feeds']} holds no tensors", fix="record at least one sample `<sample>/<input>`")
+    started = time.perf_counter()
+    with contextlib.closing(EngineRunner(Path(args["engine"]), args["backend"])) as runner:
+        loaded = time.perf_counter()
+        results: dict[str, Array] = {}
+        seconds = 0.0
+        for done, (sample, feeds) in enumerate(samples.items(), 1):
+            start = time.perf_counter()
+            produced = runner.run(feeds, profile=args["profiles"].get(sample))
+            seconds += time.perf_counter() - start
+            results.update({f"{sample}/{name}": array for name, array in produced.items()})
+            emit("progress", phase="engine", done=done, total=len(samples))
+        save_tensors(Path(args["outputs"]), results, {"runner": runner.name, "version": runner.version})
+        device = device_facts()
+        return {
+            "runner": runner.name,
+            "version": runner.version,
+            "device": device.name if device else "",
+            "samples": len(samples),
+            "load_seconds": loaded - started,
+            "seconds": seconds,
+            "inputs": [spec.to_json() for spec in runner.inputs],
+            "outputs": [spec.to_json() for spec in runner.outputs],
+        }
+
+
+def inspect_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
+    """The child's end of `inspect_engine`."""
+    with contextlib.closing(EngineRunner(Path(args["engine"]), args["backend"])) as runner:
+        return {
+            "inputs": [spec.to_json() for spec in runner.inputs],
+            "outputs": [spec.to_json() for spec in runner.outputs],
+            "profiles": [dict(profile) for profile in runner.profiles],
+            "layers": runner.layers(),
+        }
+
+
+def _in_child(task: str, args: Mapping[str, Any], engine: Path, on_event: OnEvent | None) -> dict[str, Any]:
+    try:
+        return run_child(task, args, on_event=on_event)
+    except ChildCrashError as error:
+        if not error.signal:  # a Python traceback: our own bug
+            raise
+        raise ArtifactError(
+            f"the engine {engine} ended its process natively ({error.signal})",
+            why=error.why,
+            fix="build the engine again on this machine, with this release",
+        ) from error
+
+
+def _check_fit(engine: Path, backend: Backend) -> None:
+    rebuild = "build the engine again with this release, or install the one that built it"
+    if backend.name == "tensorrt-rtx":
+        header = read_rtx_header(engine)
+        if header.version != backend.version:
+            raise ArtifactError(
+                f"the engine {engine} was built by TensorRT-RTX {header.version}, and {backend.version} is installed",
+                why="TensorRT-RTX loads only what the very same release built",
+                fix=f"{rebuild}: pip install tensorrt-rtx=={header.version}",
+            )
+    device = device_facts()
+    if device is None:
+        raise ArtifactError("an engine runs on a GPU alone, and there is none here", fix="run this on the target")
+    if not backend.capabilities.runs_on(device.compute_capability):
+        raise ArtifactError(
+            f"{backend} does not run on {device.name} (compute capability {device.compute_capability})",
+            fix="use another GPU or another release of the backend",
+        )
+
+
+@functools.cache
+def _runtime_logger(trt: ModuleType) -> tuple[BuildLog, Any]:
+    # TensorRT keeps the first logger of a process for good and ignores every later one.
+    log = BuildLog(no_gpu=False, on_node=lambda _: None)
+    return log, make_logger(trt, log)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot read the engine {path}: {error.strerror}", fix="copy the artifact whole"
+        ) from error
+
+
+def _holds(profile: Mapping[str, tuple[tuple[int, ...], ...]], arrays: Mapping[str, Array]) -> bool:
+    for name, array in arrays.items():
+        least, _, most = profile[name]
+        if len(least) != array.ndim:
+            return False
+        if not all(low <= size <= high for low, size, high in zip(least, array.shape, most, strict=True)):
+            return False
+    return True
+
+
+def _numpy_dtype(name: str) -> np.dtype[Any]:
+    return np.dtype(getattr(ml_dtypes, name) if name in ("bfloat16", "float8_e4m3fn") else name)
