@@ -23,12 +23,13 @@ from trtforge.runtime.publish import hash_file, publish_folder
 from trtforge.runtime.specs import InputSpec
 
 if TYPE_CHECKING:
+    from trtforge.runtime.device import DeviceFacts
     from trtforge.runtime.trt.build import BuiltEngine
     from trtforge.validation.golden import GoldenSet
     from trtforge.validation.parity import ParityReport
     from trtforge.validation.tolerance import Tolerance
 
-__all__ = ["Package", "measured_facts", "publish_package", "publish_proved", "versions"]
+__all__ = ["Package", "device_entry", "measured_facts", "publish_package", "publish_proved", "versions"]
 
 _DISTRIBUTIONS = (
     "trtforge",
@@ -191,14 +192,17 @@ def _facts(package: Package) -> dict[str, Any]:
             "optimization_level": config.target.optimization_level,
             "workspace_mib": config.target.workspace_mib,
         },
-        "device": None
-        if device is None
-        else {"name": device.name, "compute_capability": device.compute_capability, "sm_count": device.sm_count},
+        "device": device and device_entry(device),
         "tolerance": package.tolerance.to_json() if package.tolerance else None,
         "measured": measured_facts(package.reports),
         "versions": versions(),
         "command": reproduce_command(config),
     }
+
+
+def device_entry(device: DeviceFacts) -> dict[str, Any]:
+    """A GPU as the manifest holds it."""
+    return {"name": device.name, "compute_capability": device.compute_capability, "sm_count": device.sm_count}
 
 
 def measured_facts(reports: list[ParityReport]) -> dict[str, Any]:

@@ -153,9 +153,8 @@ class _Run:
         if module is None:
             return self._import(opset)
         if self.loaded.example is not None:
-            args, kwargs = self.loaded.example
-            shapes = {spec.name: spec.shape for spec in config.inputs}
-            example = example_from_inputs(module, kwargs or args, profiles=config.profiles, shapes=shapes)
+            given = self.loaded.example
+            example = example_from_inputs(module, given.inputs, profiles=config.profiles, shapes=given.shapes)
         else:
             example = example_from_specs(module, config.inputs, config.profiles)
         names = config.outputs or None

@@ -13,7 +13,19 @@ from trtforge.runtime.errors import ParityError
 if TYPE_CHECKING:
     from trtforge.validation.parity import ParityReport
 
-__all__ = ["write_reports"]
+__all__ = ["read_reports", "write_reports"]
+
+
+def read_reports(folder: Path) -> list[ParityReport]:
+    """The proofs in an artifact's `report.json`, which its manifest's hash vouches for.
+
+    Raises:
+        ArtifactError: another schema version, or damaged.
+    """
+    from trtforge.validation.parity import ParityReport
+
+    data = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    return [ParityReport.from_json(report) for report in data["reports"]]
 
 
 def write_reports(

@@ -18,12 +18,20 @@ from trtforge.runtime.suggest import nearest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LoadedModel", "load_source", "module_hash"]
+__all__ = ["LoadedModel", "PythonExample", "load_source", "module_hash"]
 
 _SHOWN_KEYS = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class PythonExample:
+    """A tensor, tuple or dict of one call's inputs, and the shapes with dimension names by flat input name."""
+
+    inputs: Any
+    shapes: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
     """A model in this process; it never leaves it.
 
@@ -32,14 +40,14 @@ class LoadedModel:
         onnx: The ONNX file; None for a module.
         source_hash: SHA-256 of the source's description and, for files, of their bytes.
         checkpoint_hash: SHA-256 of the checkpoint's bytes, or of the module's tensors where it came live from Python.
-        example: `(args, kwargs)` from Python; None where inputs are generated from their specs.
+        example: The inputs that Python gave; None where they are generated from their specs.
     """
 
     module: torch.nn.Module | None
     onnx: Path | None
     source_hash: str
     checkpoint_hash: str | None
-    example: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
+    example: PythonExample | None = None
 
 
 def load_source(config: ConversionConfig) -> LoadedModel:

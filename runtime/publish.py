@@ -96,6 +96,7 @@ def publish_folder(staged: Path, target: Path) -> None:
             fix="remove it, or choose another --output",
         )
     for path in sorted(staged.rglob("*")):
+        os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_umask())  # some writers make private files
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

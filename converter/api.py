@@ -1,0 +1,130 @@
+"""The Python API: the same pipeline as a YAML file, on live objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trtforge.converter.artifact import Artifact, open_artifact
+from trtforge.converter.config import Calibration, ConversionConfig, Source, Target, Validation, parse_profiles
+from trtforge.converter.pipeline import LiveData, run_pipeline
+from trtforge.converter.progress import OnEvent, Stages, ignore_events
+from trtforge.converter.sources import LoadedModel, PythonExample, load_source, module_hash
+from trtforge.runtime.errors import ConfigError
+from trtforge.runtime.precision import PrecisionPlan
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["convert", "load"]
+
+Dims = Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]]
+
+
+def convert(
+    model: torch.nn.Module | str | Path,
+    example_inputs: Any,
+    output: str | Path,
+    *,
+    precision: str | PrecisionPlan = "fp32",
+    dims: Dims | None = None,
+    inputs: Mapping[str, Sequence[int | str | None]] | None = None,
+    outputs: Sequence[str] = (),
+    calibration: object | None = None,
+    calibration_method: str = "auto",
+    validation: object | None = None,
+    tolerance: Mapping[str, float] | None = None,
+    backend: str = "auto",
+    compute_capabilities: Sequence[str] = (),
+    opset: int | None = None,
+    optimization_level: int | None = None,
+    workspace_mib: int | None = None,
+    on_event: OnEvent = ignore_events,
+) -> Artifact:
+    """Converts a model to an artifact: exported, cast, proved against the model, built, and proved again on a GPU.
+
+    Args:
+        model: A module (any device; it is left as it was), or the path of an ONNX file.
+        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments, which may hold dicts,
+            tuples, None and dataclasses; None for an ONNX file.
+        output: The artifact's folder, replaced as a whole; its last part is the model's name.
+        precision: "fp32", "tf32", "fp16", "bf16", a plan, or the path of a plan's YAML file.
+        dims: `{"batch": (min, opt, max)}`, or a list of such maps, one an optimization profile.
+        inputs: The shape of each input with dimension names: `{"x": ("batch", 3, 224, 224)}`; None on an axis keeps the
+            example's size. Inputs left out are static.
+        outputs: Names for the outputs; by default the keys and fields of what the model returns.
+        calibration: Data for int8 and fp8 ranges: a DataLoader, Dataset, or any re-iterable of batches.
+        calibration_method: "auto", "entropy", "percentile", "mse" or "max".
+        validation: Real data to prove on, in the same forms, beside generated inputs.
+        tolerance: Limits that replace the precision's defaults: sqnr_db, cosine, max_abs_over_std, atol, rtol.
+        backend: "auto", "tensorrt" or "tensorrt-rtx".
+        compute_capabilities: Targets of an engine that is built ahead of time, as "8.9".
+        opset: ONNX opset; by default the highest that the backend takes well.
+        optimization_level: 0 to 5, TensorRT's builder optimization level.
+        workspace_mib: Limit of TensorRT's workspace, MiB.
+        on_event: Called with progress.
+
+    Returns:
+        The published artifact; `artifact.load()` gives the engine where its status is `validated`.
+
+    Raises:
+        ConfigError: an argument is wrong.
+        ExportError: the model cannot be exported, or a dynamic dimension came out static.
+        BuildError: TensorRT cannot build it.
+        ParityError: it does not equal the model; nothing is published at `output`, see `output + ".failed"`.
+    """
+    target = Path(output)
+    plan = _plan(precision)
+    config = ConversionConfig(
+        name=target.name,
+        model=target.name,
+        source=Source(onnx=Path(model)) if isinstance(model, str | Path) else Source(),
+        profiles=parse_profiles(dims or {}),
+        outputs=tuple(outputs),
+        plan=plan,
+        calibration=None if calibration is None else Calibration(method=calibration_method),
+        validation=Validation(tolerance=dict(tolerance or {})),
+        target=Target(backend, tuple(compute_capabilities), opset, optimization_level, workspace_mib),
+    )
+    stages = Stages(on_event)
+    with stages.stage("load"):
+        loaded = _load(model, example_inputs, dict(inputs or {}), config)
+    return run_pipeline(config, loaded, target, stages, LiveData(validation, calibration))
+
+
+def load(path: str | Path, *, allow_unvalidated: bool = False) -> Any:
+    """The engine of the artifact at `path`; `open_artifact(path).load()`.
+
+    Raises:
+        ArtifactError: altered, not validated, or not for this machine.
+    """
+    return open_artifact(path).load(allow_unvalidated=allow_unvalidated)
+
+
+def _plan(precision: str | PrecisionPlan) -> PrecisionPlan:
+    if isinstance(precision, PrecisionPlan):
+        return precision
+    if precision.endswith((".yaml", ".yml")):
+        return PrecisionPlan.load(Path(precision))
+    return PrecisionPlan.from_data(precision, name="precision")
+
+
+def _load(model: Any, example: Any, shapes: dict[str, Any], config: ConversionConfig) -> LoadedModel:
+    import torch
+
+    if isinstance(model, str | Path):
+        if Path(model).suffix != ".onnx":
+            raise ConfigError(f"{model} is not an .onnx file", fix="pass a module, or the path of an ONNX file")
+        return load_source(config)
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(
+            f"model is {type(model).__name__}, not a torch.nn.Module or the path of an ONNX file",
+            fix="wrap a function in a module whose forward() calls it",
+        )
+    if example is None:
+        raise ConfigError("example_inputs is None", fix="give one call's inputs: a tensor, a tuple, or a dict")
+    described = f"{type(model).__module__}.{type(model).__qualname__}"
+    from trtforge.runtime.publish import hash_bytes
+
+    return LoadedModel(model, None, hash_bytes(described.encode()), module_hash(model), PythonExample(example, shapes))

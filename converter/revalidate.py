@@ -1,0 +1,149 @@
+"""Proves an artifact again from its folder alone: no model code, no loader. With a GPU, `built` becomes `validated`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from trtforge.converter.artifact import ENGINE, PROOF, Artifact, open_artifact
+from trtforge.converter.package import device_entry, measured_facts, publish_proved
+from trtforge.converter.progress import Stages
+from trtforge.converter.prove import Bench, prove_engine, prove_onnx
+from trtforge.converter.reporting import read_reports
+from trtforge.runtime.device import DeviceFacts, device_facts
+from trtforge.runtime.errors import ArtifactError
+from trtforge.runtime.graph import describe_model, load_graph
+from trtforge.runtime.publish import staging_folder
+from trtforge.runtime.trt.backend import Backend, find_backend
+from trtforge.validation.golden import GoldenSet
+from trtforge.validation.parity import ParityReport
+from trtforge.validation.tolerance import DEFAULTS, Tolerance
+
+__all__ = ["check_fits", "validate_artifact"]
+
+
+def validate_artifact(path: Path, *, stages: Stages, output: Path | None = None) -> Artifact:
+    """Checks every file, then runs the golden set: on the engine where there is a GPU, else on onnxruntime.
+
+    Args:
+        path: An artifact.
+        stages: Receives progress.
+        output: Where the promoted artifact is published; None: in place of `path`.
+
+    Returns:
+        The artifact, promoted to `validated` where its engine ran and passed; unchanged without a GPU.
+
+    Raises:
+        ArtifactError: altered, failed, or its engine fits neither this TensorRT nor this GPU.
+        ParityError: it does not equal the model that it came from.
+    """
+    with stages.stage("check", "every file's SHA-256"):
+        artifact = open_artifact(path)
+        if artifact.status == "failed":
+            raise ArtifactError(f"{path} failed its proof when it was made", fix=f"trtforge inspect {path}")
+        golden = GoldenSet.load(path / PROOF)
+    device = device_facts()
+    with staging_folder((output or path).absolute().parent) as staging:
+        bench = Bench(golden, path / PROOF, staging, stages)
+        if artifact.engine is None or device is None:
+            _prove_graphs(artifact, bench)
+            if device is None and artifact.engine is not None:
+                stages.note("no GPU here: the ONNX was proved again, the engine was not run")
+            return _copy(artifact, staging, output)
+        backend = check_fits(artifact, device)
+        with stages.stage("prove", "engine on the GPU"):
+            report = _prove_engine(artifact, backend, bench)
+            report.raise_unless_passed()
+        with stages.stage("package"):
+            return _promote(artifact, report, device, staging, output or path)
+
+
+def check_fits(artifact: Artifact, device: DeviceFacts) -> Backend:
+    """The installed TensorRT that the artifact's engine was built with.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+        ArtifactError: another version is, or this GPU is none that the engine runs on.
+    """
+    facts = artifact.facts["engine"]
+    backend = find_backend(facts["backend"])
+    if backend.version != facts["version"]:
+        raise ArtifactError(
+            f"{artifact.path} was built by {facts['backend']} {facts['version']}, this machine has {backend.version}",
+            why="an engine loads on the release that built it only",
+            fix=f"pip install {facts['backend']}=={facts['version']}, or convert again here",
+        )
+    if not backend.capabilities.runs_on(device.compute_capability):
+        raise ArtifactError(
+            f"{backend} does not run on {device.name} (compute capability {device.compute_capability})",
+            fix="build with a release that does, or use another GPU",
+        )
+    return backend
+
+
+def _prove_graphs(artifact: Artifact, bench: Bench) -> None:
+    used = set(artifact.facts["used_precisions"])
+    tolerance = Tolerance.from_json(artifact.facts["tolerance"] or DEFAULTS["fp32"].to_json())
+    for path, stage in ((artifact.reference, "export"), (artifact.model, "precision")):
+        if stage == "precision" and path == artifact.reference:
+            continue
+        with bench.stages.stage("prove", f"onnxruntime, {path.name}"):
+            graph = load_graph(path)
+            model = describe_model(graph, path)
+            known = artifact.facts["graphs"]["reference" if stage == "export" else "model"]
+            if model.hash != known:
+                raise ArtifactError(f"{path} is graph {model.hash[:12]}, the manifest says {known[:12]}")
+            old = next(r for r in read_reports(artifact.path) if r.candidate.stage == stage)
+            report = prove_onnx(
+                model,
+                bench,
+                stage="export" if stage == "export" else "precision",
+                precision=old.candidate.precision if stage == "export" else artifact.facts["precision"],
+                used={"fp32"} if stage == "export" else used,
+                tolerance=old.tolerance if stage == "export" else tolerance,
+            )
+            report.raise_unless_passed()
+
+
+def _prove_engine(artifact: Artifact, backend: Backend, bench: Bench) -> ParityReport:
+    assert artifact.engine is not None
+    model = describe_model(load_graph(artifact.model), artifact.model)
+    return prove_engine(
+        artifact.engine,
+        backend.name,
+        bench,
+        graph=model.hash,
+        inputs=model.inputs,
+        outputs=model.outputs,
+        precision=artifact.facts["precision"],
+        tolerance=Tolerance.from_json(artifact.facts["tolerance"]),
+    )
+
+
+def _promote(artifact: Artifact, report: ParityReport, device: DeviceFacts, staging: Path, target: Path) -> Artifact:
+    folder = staging / "artifact"
+    folder.mkdir()
+    _copy_files(artifact, folder)
+    reports = [r for r in read_reports(artifact.path) if r.candidate.stage != "engine"] + [report]
+    drop = ("schema", "status", "name", "files")
+    facts = {key: value for key, value in artifact.facts.items() if key not in drop}
+    facts |= {"device": device_entry(device), "measured": measured_facts(reports)}
+    graphs = artifact.facts["graphs"]["reference"], artifact.facts["graphs"]["model"]
+    return publish_proved(folder, target, artifact.name, facts, reports, graphs=graphs, engine=folder / ENGINE)
+
+
+def _copy(artifact: Artifact, staging: Path, output: Path | None) -> Artifact:
+    if output is None:
+        return artifact
+    from trtforge.runtime.publish import publish_folder
+
+    folder = staging / "artifact"
+    shutil.copytree(artifact.path, folder)
+    publish_folder(folder, output)
+    return open_artifact(output)
+
+
+def _copy_files(artifact: Artifact, folder: Path) -> None:
+    for name in artifact.manifest.files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(artifact.path / name, folder / name)
