@@ -21,7 +21,13 @@ from trtforge.runtime.trt.backend import Backend, find_backend, import_backend
 from trtforge.runtime.trt.header import read_rtx_header
 from trtforge.runtime.trt.messages import BuildLog, make_logger
 from trtforge.runtime.trt.onnx_scan import OnnxScan, scan_onnx
-from trtforge.runtime.trt.parse import NodeError, check_network, network_specs, node_errors
+from trtforge.runtime.trt.parse import (
+    NodeError,
+    check_network,
+    decompose_float_attention,
+    network_specs,
+    node_errors,
+)
 from trtforge.runtime.trt.profiles import Shapes, add_profiles
 
 __all__ = ["BuildRequest", "BuiltEngine", "Shapes", "build_engine", "build_task"]
@@ -171,6 +177,7 @@ def build_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         nodes = [error.to_json() for error in node_errors(parser)]
         return {"failure": {"kind": "parse", "nodes": nodes, "log": log.errors}}
     check_network(trt, network, backend)
+    decompose_float_attention(trt, network)
     inputs, outputs = network_specs(network)
     config = _configure(trt, builder, args)
     add_profiles(builder, config, inputs, args["profiles"])

@@ -13,7 +13,7 @@ from trtforge.runtime.trt.backend import Backend
 from trtforge.runtime.trt.dtypes import dtype_name
 from trtforge.runtime.trt.messages import readable
 
-__all__ = ["NodeError", "check_network", "network_specs", "node_errors"]
+__all__ = ["NodeError", "check_network", "decompose_float_attention", "network_specs", "node_errors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,21 @@ def check_network(trt: ModuleType, network: Any, backend: Backend) -> None:
             why="TensorRT-RTX builds INT8 Conv from 1.7 on",
             fix="pip install --upgrade 'tensorrt-rtx>=1.7', or leave Conv out of the quantization, or use fp8",
         )
+
+
+def decompose_float_attention(trt: ModuleType, network: Any) -> None:
+    """Lets the builder take float32 attention apart: fused kernels exist for half types only.
+
+    Without it RTX 1.7 fails to build any ONNX `Attention` in float32: "CHECK(composite_op->is_decomposable()) failed".
+    """
+    if not hasattr(trt, "IAttentionInputLayer"):
+        return
+    for number in range(network.num_layers):
+        layer = network.get_layer(number)
+        if layer.type == trt.LayerType.ATTENTION_INPUT and layer.get_input(0).dtype == trt.DataType.FLOAT:
+            # The bindings hand out the base class; NVIDIA's own samples reach the derived one in this way.
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
 
 
 def network_specs(network: Any) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
