@@ -18,7 +18,7 @@ def test_attention_builds_in_every_float_type(dtype: str, tmp_path: Path) -> Non
         "{ y = Attention(q, k, v) }"
     )
     onnx.save(model, tmp_path / "m.onnx")
-    shapes = {name: ((1, 2, 8, 16), (2, 2, 8, 16), (4, 2, 8, 16)) for name in "qkv"}
+    shapes = dict.fromkeys("qkv", ((1, 2, 8, 16), (2, 2, 8, 16), (4, 2, 8, 16)))
     engine = build_engine(
         BuildRequest(tmp_path / "m.onnx", tmp_path / "m.engine", "tensorrt-rtx", (shapes,), tf32=False)
     )
