@@ -17,9 +17,11 @@ from trtforge.validation.parity import (
     worst_verdict,
 )
 from trtforge.validation.tolerance import Tolerance
-from trtforge.validation.vacuity import contrast, sample_pairs, why_constant, why_unresolved
+from trtforge.validation.vacuity import Doubt, contrast, sample_pairs, why_constant, why_unresolved
 
 __all__ = ["compare"]
+
+_FIX_STRUCTURE = "compare names, shapes and dtypes of the model's outputs with those of the ONNX (`trtforge inspect`)"
 
 
 def compare(
@@ -58,26 +60,26 @@ def compare(
         pairs = [(s, outputs[s.name][name]) for s in samples if name in s.outputs and name in outputs.get(s.name, {})]
         if pairs:
             wanted = (dtypes or {}).get(name)
-            results.append(_compare_output(name, pairs, tolerance, wanted))
+            results.append(_compare_output(name, pairs, tolerance, candidate, wanted))
     results = _settle(results, fixed_outputs)
     verdicts = [result.verdict for result in results]
+    fixes = [r.fix for wanted in (Verdict.FAILED, Verdict.NOT_PROVED) for r in results if r.verdict is wanted]
     if reasons:
         verdicts.append(Verdict.FAILED)
-    if not samples:
-        reasons.append("there are no samples, so nothing was compared")
-    elif not names:
-        reasons.append("the reference has no outputs, so nothing was compared")
+        fixes.insert(0, _FIX_STRUCTURE)
+    if not names:
+        reasons.append(f"the reference has no {'outputs' if samples else 'samples'}, so nothing was compared")
+        fixes.append("record the golden set again, with at least two samples of a model that returns tensors")
     reasons += [f"output {r.name!r}: {reason}" for r in results for reason in r.reasons]
-    verdict = worst_verdict(*verdicts)
     return ParityReport(
         candidate=candidate,
         reference=f"{golden.runner} {golden.version}",
         tolerance=tolerance,
-        verdict=verdict,
+        verdict=worst_verdict(*verdicts),
         reasons=tuple(reasons),
         outputs=tuple(results),
         samples=tuple(sample.name for sample in samples),
-        fix=_advise(verdict, results, candidate),
+        fix=next(iter(fixes), ""),
     )
 
 
@@ -114,26 +116,25 @@ def _check_names(samples: tuple[Sample, ...], outputs: Mapping[str, Tensors]) ->
 
 @dataclass(frozen=True, slots=True)
 class _Compared:
-    """One output in one sample: the arrays and their sums."""
+    """One output in one sample: the reference, and how far the candidate is from it."""
 
     sample: Sample
     reference: Array
-    candidate: Array
     sums: Sums
 
 
 def _compare_output(
-    name: str, pairs: list[tuple[Sample, Array]], tolerance: Tolerance, dtype: str | None
+    name: str, pairs: list[tuple[Sample, Array]], tolerance: Tolerance, candidate: Candidate, dtype: str | None
 ) -> OutputResult:
     wanted = dtype or pairs[0][0].outputs[name].dtype.name
     result = OutputResult(name, pairs[0][0].outputs[name].dtype.name, Verdict.FAILED)
     if problems := _check_arrays(name, pairs, wanted):
-        return replace(result, reasons=tuple(problems))
+        return replace(result, reasons=tuple(problems), fix=_FIX_STRUCTURE)
     compared = []
     for sample, array in pairs:
         reference = sample.outputs[name]
         sums = sum_errors(reference, array, atol=tolerance.atol or 0, rtol=tolerance.rtol or 0)
-        compared.append(_Compared(sample, reference, array, sums))
+        compared.append(_Compared(sample, reference, sums))
     pooled = Sums()
     for item in compared:
         pooled = add_sums(pooled, item.sums)
@@ -144,13 +145,16 @@ def _compare_output(
         samples=tuple(_judge_sample(item, pooled, tolerance, exact=exact) for item in compared),
     )
     if failures := _failures(result, compared, tolerance, exact=exact):
-        return replace(result, reasons=tuple(failures))
-    if constant := why_constant(pooled):
-        return replace(result, verdict=Verdict.NOT_PROVED, reasons=(constant,))
+        return replace(result, reasons=tuple(failures), fix=_advise(pooled, candidate))
+    if doubt := why_constant(pooled) or _why_unresolved(compared, pooled):
+        return replace(result, verdict=Verdict.NOT_PROVED, reasons=(doubt.reason,), fix=doubt.fix)
+    return replace(result, verdict=Verdict.PASSED)
+
+
+def _why_unresolved(compared: list[_Compared], pooled: Sums) -> Doubt | None:
     references = [item.reference for item in compared]
     between = sample_pairs([item.sample.inputs for item in compared], [array.shape for array in references])
-    why = why_unresolved(pooled, contrast(references, between), pairs=len(between))
-    return replace(result, verdict=Verdict.NOT_PROVED if why else Verdict.PASSED, reasons=(why,) if why else ())
+    return why_unresolved(pooled, contrast(references, between), pairs=len(between))
 
 
 def _check_arrays(name: str, pairs: list[tuple[Sample, Array]], dtype: str) -> list[str]:
@@ -211,28 +215,17 @@ def _may_be_constant(result: OutputResult, fixed: Collection[str]) -> bool:
 
 def _pass_with_note(result: OutputResult) -> OutputResult:
     notes = tuple(f"output {result.name!r} met its limits, which says little: {reason}" for reason in result.reasons)
-    return replace(result, verdict=Verdict.PASSED, reasons=(), notes=notes)
+    return replace(result, verdict=Verdict.PASSED, reasons=(), notes=notes, fix="")
 
 
-def _advise(verdict: Verdict, results: list[OutputResult], candidate: Candidate) -> str:
-    if verdict is Verdict.PASSED:
-        return ""
-    pooled = [result.pooled for result in results if result.pooled is not None]
-    if any(measures.reference_nonfinite for measures in pooled):
+def _advise(pooled: Sums, candidate: Candidate) -> str:
+    """What to do about an output that failed its limits."""
+    if pooled.reference_nonfinite:
         return "prove on inputs for which the model itself is finite: give the inputs `values`, or a loader"
-    if any(measures.candidate_nonfinite for measures in pooled):
-        if candidate.precision == "fp16":
-            return "fp16 ends at 65504: keep the layers that overflow in fp32 by a rule in `precision`, or choose bf16"
-        return "find the first layer with NaN or Inf and keep it in fp32 by a rule in `precision`"
-    if verdict is Verdict.NOT_PROVED:
-        return (
-            "prove on a model that computes something: give it trained weights (`checkpoint`), or initialise the "
-            "layers that are zero (heads of ViT and EfficientNet are), and prove on real inputs (a loader)"
-        )
-    if not any(result.samples for result in results) or any(result.pooled is None for result in results):
-        return "compare names, shapes and dtypes of the model's outputs with those of the ONNX (`trtforge inspect`)"
+    if pooled.candidate_nonfinite and candidate.precision == "fp16":
+        return "fp16 ends at 65504: keep the layers that overflow in fp32 by a rule in `precision`, or choose bf16"
     if candidate.stage == "export" or candidate.precision == "fp32":
-        return "the graph computes something else than the module: look for the first tensor that differs"
+        return "it computes something else than the module: look for the first tensor that differs"
     return (
         "keep the layers that lose most in fp32 by a rule in `precision`, choose a more exact precision, or, where "
         "this error is acceptable, say so in `validation: {tolerance: …}`"

@@ -148,7 +148,7 @@ class GoldenSet:
         }
 
 
-def plan_points(profiles: Sequence[Profile], *, repeats: int = 3) -> tuple[SamplePoint, ...]:
+def plan_points(profiles: Sequence[Profile], *, repeats: int = 2) -> tuple[SamplePoint, ...]:
     """Opt, min and max of every profile, each once and with a seed of its own, then repetitions of the opt points.
 
     Args:

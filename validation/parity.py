@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from trtforge.runtime.errors import ArtifactError, ParityError
@@ -70,6 +70,7 @@ class OutputResult:
         notes: Sentences that do not touch the verdict.
         pooled: The figures over all samples together; None where shapes or dtypes forbid a comparison.
         samples: Each sample's figures.
+        fix: What to do about it, as an instruction; "" where it passed.
     """
 
     name: str
@@ -79,6 +80,7 @@ class OutputResult:
     notes: tuple[str, ...] = ()
     pooled: Measures | None = None
     samples: tuple[SampleResult, ...] = ()
+    fix: str = ""
 
     @property
     def worst(self) -> SampleResult | None:
@@ -98,6 +100,7 @@ class ParityReport:
         reasons: Sentences: why it did not pass; names, counts and shapes first.
         outputs: Each output's result, in the reference's order.
         samples: Names of the samples compared.
+        fix: What to do about it, as an instruction; "" where it passed.
     """
 
     candidate: Candidate
@@ -107,8 +110,7 @@ class ParityReport:
     reasons: tuple[str, ...]
     outputs: tuple[OutputResult, ...] = ()
     samples: tuple[str, ...] = ()
-    fix: str = field(default="", kw_only=True)
-    """What to do about it, as an instruction; "" where it passed."""
+    fix: str = ""
 
     @property
     def passed(self) -> bool:
@@ -223,6 +225,7 @@ def _output_to_json(output: OutputResult) -> dict[str, Any]:
             {"sample": s.sample, "shape": list(s.shape), "measures": s.measures.to_json(), "unmet": list(s.unmet)}
             for s in output.samples
         ],
+        "fix": output.fix,
     }
 
 
@@ -238,4 +241,5 @@ def _output_from_json(data: Mapping[str, Any]) -> OutputResult:
             SampleResult(s["sample"], tuple(s["shape"]), Measures.from_json(s["measures"]), tuple(s["unmet"]))
             for s in data["samples"]
         ),
+        fix=data["fix"],
     )

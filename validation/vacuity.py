@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 
 from trtforge.runtime.runner import Array, Tensors
 from trtforge.validation.metrics import Sums, add_sums, sum_errors
 
-__all__ = ["LEAST_CONTRAST_DB", "Pair", "contrast", "sample_pairs", "why_constant", "why_unresolved"]
+__all__ = ["LEAST_CONTRAST_DB", "Doubt", "Pair", "contrast", "sample_pairs", "why_constant", "why_unresolved"]
 
 LEAST_CONTRAST_DB = 20 * math.log10(2)
 """How far, in dB, the error must be below the difference between the reference's outputs for two inputs.
@@ -23,7 +24,19 @@ be the answer to its own input. SQNR alone does not tell: a randomly initialised
 
 Pair = tuple[int, int]
 
+
+class Doubt(NamedTuple):
+    """Why a comparison proves nothing, and what to do about it."""
+
+    reason: str
+    fix: str
+
+
 _PAIRS = 12
+_ALIVE = (
+    "prove a model that computes something: give it trained weights (`checkpoint`), or initialise the layers that are "
+    "zero, such as the heads of torchvision's ViT; an output that is so by design belongs in `fixed_outputs`"
+)
 
 
 def sample_pairs(inputs: Sequence[Tensors], shapes: Sequence[tuple[int, ...]]) -> list[Pair]:
@@ -47,18 +60,18 @@ def contrast(arrays: Sequence[Array], pairs: Sequence[Pair]) -> Sums:
     return total
 
 
-def why_constant(pooled: Sums) -> str:
-    """Why the reference holds nothing to compare: empty, or one value everywhere; "" where it does."""
+def why_constant(pooled: Sums) -> Doubt | None:
+    """A doubt where the reference holds nothing to compare: it is empty, or one value everywhere."""
     if pooled.count == 0:
-        return "it is empty in every sample"
+        return Doubt("it is empty in every sample", "prove on sizes and inputs for which it holds something")
     if pooled.finite and pooled.reference_min == pooled.reference_max:
-        value = pooled.reference_min
-        return "the reference is 0 everywhere" if value == 0 else f"the reference is {value:g} everywhere"
-    return ""
+        value = f"{pooled.reference_min:g}" if pooled.reference_min else "0"
+        return Doubt(f"the reference is {value} everywhere", _ALIVE)
+    return None
 
 
-def why_unresolved(pooled: Sums, between: Sums, *, pairs: int) -> str:
-    """Why the samples do not show that the candidate answers its own input; "" where they do.
+def why_unresolved(pooled: Sums, between: Sums, *, pairs: int) -> Doubt | None:
+    """A doubt where the samples do not show that the candidate answers its own input.
 
     Args:
         pooled: Candidate against reference, all samples.
@@ -66,16 +79,21 @@ def why_unresolved(pooled: Sums, between: Sums, *, pairs: int) -> str:
         pairs: How many pairs that is over.
     """
     if not pairs or not between.finite:
-        return "there are no two samples with different inputs to show that it depends on them"
+        return Doubt(
+            "there are no two samples with different inputs to show that it depends on them",
+            "record at least two samples whose inputs differ",
+        )
     if between.error_sq == 0:
-        return "the reference is the same whatever the input"
+        return Doubt("the reference is the same whatever the input", _ALIVE)
     error = pooled.error_sq / pooled.finite if pooled.finite else 0.0
     difference = between.error_sq / between.finite
     if error == 0 or 10 * math.log10(difference / error) >= LEAST_CONTRAST_DB:
-        return ""
-    return (
-        f"two inputs' outputs are only {10 * math.log10(difference / error):.1f} dB further apart than candidate and "
-        f"reference are ({LEAST_CONTRAST_DB:.0f} dB are needed): its answer could as well be that to another input"
+        return None
+    return Doubt(
+        f"candidate and reference are nearly as far apart as the reference's outputs for two inputs "
+        f"({10 * math.log10(difference / error):.1f} dB less, {LEAST_CONTRAST_DB:.0f} dB are needed)",
+        "either the candidate is wrong, or this model hardly tells these inputs apart: prove it with trained weights "
+        "on real inputs (a loader), or in a more exact precision",
     )
 
 
