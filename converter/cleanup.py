@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from trtforge.converter.einsum import normal_equation
+from trtforge.converter.values import name_values
 from trtforge.runtime.graph import all_graphs
 
 __all__ = ["clean"]
@@ -20,7 +21,8 @@ _SMALL = 1024
 
 def clean(model: ir.Model) -> None:
     """Cleans in place; a second call changes nothing."""
-    names = [value.name for value in model.graph.outputs]
+    inputs = [str(value.name) for value in model.graph.inputs if not value.is_initializer()]
+    outputs = [str(value.name) for value in model.graph.outputs]
     for step in _BEFORE:
         step(model)
     for graph in all_graphs(model):
@@ -28,7 +30,7 @@ def clean(model: ir.Model) -> None:
     for step in _AFTER:
         step(model)
     _feed_outputs_from_nodes(model.graph)
-    _restore_outputs(model, names)
+    name_values(model, inputs, outputs)
     for graph in all_graphs(model):
         for node in graph:
             if node.op_type == "Einsum" and node.domain in ("", "ai.onnx"):
@@ -48,7 +50,6 @@ _AFTER: tuple[ir.passes.PassBase, ...] = (
     common.RemoveUnusedFunctionsPass(),
     common.RemoveUnusedOpsetsPass(),
     common.OutputFixPass(),
-    common.NameFixPass(),
 )
 
 
@@ -85,16 +86,6 @@ def _feed_outputs_from_nodes(graph: ir.Graph) -> None:
             graph.initializers.pop(str(value.name))
             value.name = f"{value.name}_value"
             graph.register_initializer(value)
-
-
-def _restore_outputs(model: ir.Model, names: list[str | None]) -> None:
-    wrong = [value for value, name in zip(model.graph.outputs, names, strict=True) if value.name != name]
-    for number, value in enumerate(wrong):
-        value.name = f"output_to_name_{number}"
-    for value, name in zip(model.graph.outputs, names, strict=True):
-        value.name = name
-    if wrong:
-        common.NameFixPass()(model)
 
 
 def _rewrite_equation(node: ir.Node) -> None:

@@ -21,8 +21,9 @@ from trtforge.converter.example import merge_profiles
 from trtforge.converter.export_errors import explain_capture, explain_translation, frozen_dimension
 from trtforge.converter.identity import WRAPPER, identify
 from trtforge.converter.signature import ExampleInputs, name_outputs
+from trtforge.converter.values import all_values, name_values
 from trtforge.runtime.errors import ConfigError, ExportError
-from trtforge.runtime.graph import OnnxModel, all_graphs, save_graph
+from trtforge.runtime.graph import OnnxModel, save_graph
 from trtforge.runtime.specs import DimRange, Profile
 from trtforge.runtime.torch_runner import evaluation
 
@@ -232,16 +233,7 @@ def _name_values(model: ir.Model, example: ExampleInputs, outputs: Sequence[str]
     for value in list(graph.initializers.values()):
         if value.name and value.name.startswith(f"{WRAPPER}."):
             value.name = value.name.removeprefix(f"{WRAPPER}.")
-    public = {*(spec.name for spec in example.specs), *outputs}
-    ends = {*graph.inputs, *graph.outputs}
-    taken = {value.name for value in _all_values(model)} | public
-    for value in _all_values(model):
-        if value.name in public and value not in ends:
-            value.name = _free_name(f"{value.name}_inner", taken)
-    for value in ends:
-        value.name = _free_name("end", taken)
-    for value, name in zip([*graph.inputs, *graph.outputs], [*(s.name for s in example.specs), *outputs], strict=True):
-        value.name = name
+    name_values(model, [spec.name for spec in example.specs], outputs)
 
 
 def _name_dims(model: ir.Model, example: ExampleInputs) -> None:
@@ -255,7 +247,7 @@ def _name_dims(model: ir.Model, example: ExampleInputs) -> None:
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, symbols)) + r")\b")
     if not symbols:
         return
-    for value in _all_values(model):
+    for value in all_values(model):
         if value.shape is not None:
             value.shape = ir.Shape(
                 [
@@ -267,20 +259,3 @@ def _name_dims(model: ir.Model, example: ExampleInputs) -> None:
 
 def _lookup(symbols: Mapping[str, str]) -> Callable[[re.Match[str]], str]:
     return lambda match: symbols[match.group()]
-
-
-def _all_values(model: ir.Model) -> Iterator[ir.Value]:
-    for graph in all_graphs(model):
-        yield from graph.inputs
-        if isinstance(graph, ir.Graph):
-            yield from graph.initializers.values()
-        for node in graph:
-            yield from node.outputs
-
-
-def _free_name(wanted: str, taken: set[str | None]) -> str:
-    name, number = wanted, 1
-    while name in taken:
-        name, number = f"{wanted}_{number}", number + 1
-    taken.add(name)
-    return name

@@ -2,24 +2,25 @@
 
 Requires: a cleaned graph. Ensures: every `node.name` is unique over the model and its subgraphs; nodes that torch
 exported are called `<module path>/<OpType>#k`, k counting within that module and operator in graph order, and carry
-`META_MODULE` and `META_LINE`; foreign nodes keep the unique names they have. The exporter's own metadata is gone.
+`META_MODULE` and, where it is known, `META_LINE`; foreign nodes keep the unique names they have, and others become
+`/<OpType>#k`. The exporter's own metadata, several times the size of the graph, is gone.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-import site
 import sysconfig
 from collections import Counter
-from functools import cache
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import onnx_ir as ir
 
 from trtforge.runtime.graph import META_LINE, META_MODULE, all_graphs
 
-__all__ = ["WRAPPER", "identify"]
+__all__ = ["WRAPPER", "identify", "user_line"]
 
 WRAPPER = "trtforge_root"
 """Name of the user's module within the wrapper that is exported; never part of an id."""
@@ -41,26 +42,46 @@ def identify(model: ir.Model) -> None:
     _strip(model, nodes)
 
 
+def user_line(trace: str) -> str:
+    """`file.py:42` of the deepest frame in the user's own code, or else outside torch; "" where there is none.
+
+    Args:
+        trace: Frames as Python prints them, outermost first.
+    """
+    ours = Path(__file__).parent
+    frames = [(Path(file), line) for file, line in _FRAME.findall(trace) if not file.startswith("<")]
+    frames = [frame for frame in frames if frame[0].parent != ours]
+    own = [frame for frame in frames if _library(frame[0]) is None]
+    near = own or [frame for frame in frames if "torch" not in frame[0].parts]
+    if not near:
+        return ""
+    file, line = near[-1]
+    return f"{_relative(file)}:{line}"
+
+
 def _locate(nodes: list[ir.Node]) -> None:
+    line_of = lru_cache(maxsize=None)(user_line)
+    owners = {graph: node for node in nodes for graph in _bodies(node)}
     for node in nodes:
         if META_MODULE in node.metadata_props or _SCOPES not in node.metadata_props:
             continue
-        node.metadata_props[META_MODULE] = _module_of(node)
-        line = _user_line(node.metadata_props.get(_TRACE, ""))
+        owner = owners.get(node.graph)
+        node.metadata_props[META_MODULE] = _module_of(node, owner.metadata_props[META_MODULE] if owner else "")
+        line = line_of(node.metadata_props.get(_TRACE, ""))
         if line:
             node.metadata_props[META_LINE] = line
     # What a rewriter made without metadata belongs where its first located producer does, else its first consumer.
     for node in nodes:
-        if META_MODULE not in node.metadata_props:
-            _inherit(node, [value.producer() for value in node.inputs if value is not None])
+        _inherit(node, (value.producer() for value in node.inputs if value is not None))
     for node in reversed(nodes):
-        if META_MODULE not in node.metadata_props:
-            _inherit(node, [use.node for value in node.outputs for use in value.uses()])
+        _inherit(node, (use.node for value in node.outputs for use in value.uses()))
     for node in nodes:
         node.metadata_props.setdefault(META_MODULE, "")
 
 
-def _inherit(node: ir.Node, neighbours: list[ir.Node | None]) -> None:
+def _inherit(node: ir.Node, neighbours: Iterable[ir.Node | None]) -> None:
+    if META_MODULE in node.metadata_props:
+        return
     for other in neighbours:
         if other is not None and META_MODULE in other.metadata_props:
             for key in (META_MODULE, META_LINE):
@@ -69,19 +90,26 @@ def _inherit(node: ir.Node, neighbours: list[ir.Node | None]) -> None:
             return
 
 
-def _module_of(node: ir.Node) -> str:
+def _module_of(node: ir.Node, surrounding: str) -> str:
     scopes = _string_list(node.metadata_props[_SCOPES])[:-1]  # the last one is the operator's own name
     classes = _string_list(node.metadata_props.get(_CLASSES, "[]"))[:-1]
-    if node.op_type in _FUSED and classes and "BatchNorm" in classes[-1]:
-        weight = node.inputs[1] if len(node.inputs) > 1 else None
-        if weight is not None and weight.is_initializer() and weight.name and not weight.name.startswith("val_"):
-            return weight.name.rpartition(".")[0]
-    return _plain(scopes[-1]) if scopes else ""
+    folded = node.op_type in _FUSED and bool(classes) and "BatchNorm" in classes[-1]
+    if folded or not scopes:  # within the body of an If or Loop torch knows no modules
+        for value in node.inputs:
+            # A weight that was itself computed is called val_7, and says nothing.
+            if value is not None and value.is_initializer() and "." in (value.name or ""):
+                return _plain(str(value.name).rpartition(".")[0])
+    return _plain(scopes[-1]) if scopes else surrounding
+
+
+def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
 
 
 def _plain(scope: str) -> str:
-    # "@1" marks the second call of a module
-    path = re.sub(r"@\d+", "", scope)
+    path = re.sub(r"@\d+", "", scope)  # "@1" marks the second call of a module
     return "" if path == WRAPPER else path.removeprefix(f"{WRAPPER}.")
 
 
@@ -93,68 +121,52 @@ def _string_list(text: str) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list) else []
 
 
-def _user_line(trace: str) -> str:
-    frames = [(Path(file), line) for file, line in _FRAME.findall(trace)]
-    ours = Path(__file__).parent
-    frames = [(file, line) for file, line in frames if file.parent != ours]
-    for file, line in reversed(frames):
-        if not any(file.is_relative_to(folder) for folder in _library_folders()):
-            return f"{_relative(file)}:{line}"
-    for file, line in reversed(frames):
-        if "torch" not in file.parts:
-            return f"{_relative(file)}:{line}"
-    return ""
-
-
-@cache
-def _library_folders() -> tuple[Path, ...]:
-    paths = sysconfig.get_paths()
-    folders = {paths["stdlib"], paths["platstdlib"], paths["purelib"], paths["platlib"], *site.getsitepackages()}
-    return tuple(Path(folder).resolve() for folder in folders)
+@lru_cache(maxsize=None)
+def _library(file: Path) -> Path | None:
+    """The folder of installed code that a file is in, None for the user's own."""
+    for parent in file.parents:
+        if parent.name in ("site-packages", "dist-packages"):
+            return parent
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    return stdlib if file.is_relative_to(stdlib) else None
 
 
 def _relative(file: Path) -> str:
-    for folder in (Path.cwd(), *sorted(_library_folders(), key=lambda path: -len(path.parts))):
-        if file.is_relative_to(folder):
-            return str(file.relative_to(folder))
-    return file.name
+    for folder in (_library(file), Path.cwd()):
+        if folder is not None and file.is_relative_to(folder):
+            return file.relative_to(folder).as_posix()
+    return Path(*file.parts[-2:]).as_posix()
 
 
 def _name(nodes: list[ir.Node]) -> None:
-    counts: Counter[tuple[str, str]] = Counter()
     seen: set[str] = set()
     waiting: list[ir.Node] = []
     for node in nodes:
-        located = _SCOPES in node.metadata_props
-        if node.name and not located and META_MODULE not in node.metadata_props and node.name not in seen:
-            seen.add(node.name)
-        elif node.name and META_MODULE in node.metadata_props and _is_id(node) and node.name not in seen:
+        if node.name and node.name not in seen and _may_keep_name(node):
             seen.add(node.name)
         else:
             waiting.append(node)
+    counts: Counter[str] = Counter()
     for node in waiting:
-        module = node.metadata_props.get(META_MODULE, "")
-        while True:
-            name = f"{module}/{node.op_type}#{counts[module, node.op_type]}"
-            counts[module, node.op_type] += 1
-            if name not in seen:
-                break
-        seen.add(name)
-        node.name = name
+        prefix = f"{node.metadata_props.get(META_MODULE, '')}/{node.op_type}#"
+        while f"{prefix}{counts[prefix]}" in seen:
+            counts[prefix] += 1
+        node.name = f"{prefix}{counts[prefix]}"
+        seen.add(node.name)
 
 
-def _is_id(node: ir.Node) -> bool:
-    prefix = f"{node.metadata_props[META_MODULE]}/{node.op_type}#"
-    return node.name is not None and node.name.startswith(prefix) and node.name[len(prefix) :].isdigit()
+def _may_keep_name(node: ir.Node) -> bool:
+    module = node.metadata_props.get(META_MODULE)
+    return module is None or re.fullmatch(re.escape(f"{module}/{node.op_type}#") + r"\d+", str(node.name)) is not None
 
 
 def _strip(model: ir.Model, nodes: list[ir.Node]) -> None:
-    holders = [model, model.graph, *nodes]
-    holders += [value for graph in all_graphs(model) for value in graph.inputs]
-    holders += [value for node in nodes for value in node.outputs]
+    holders: list[ir.Model | ir.Graph | ir.Function | ir.Node | ir.Value] = [model, *nodes]
     for graph in all_graphs(model):
+        holders += [graph, *graph.inputs]
         if isinstance(graph, ir.Graph):
             holders += graph.initializers.values()
+    holders += [value for node in nodes for value in node.outputs]
     for holder in holders:
         for key in [key for key in holder.metadata_props if key.startswith("pkg.") or key == "namespace"]:
             del holder.metadata_props[key]
