@@ -121,9 +121,10 @@ def fold_bias_codes(model: ir.Model) -> int:
             const_value=ir.Tensor(array, name=output.name),
         )
         output.replace_all_uses_with(value)
+        before = tuple(node.inputs)
         model.graph.remove(node, safe=True)
         model.graph.register_initializer(value)
-        for left in node.inputs:
+        for left in before:
             if left is not None and left.name and left.name in model.graph.initializers and not left.uses():
                 del model.graph.initializers[left.name]
         folded += 1
