@@ -238,6 +238,17 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 
+def _as_utf8(value: Any) -> Any:
+    """A parent in an ASCII locale writes the bytes of a path as surrogates; native libraries take UTF-8 alone."""
+    if isinstance(value, str):
+        return os.fsdecode(os.fsencode(value))  # this process runs in UTF-8 mode
+    if isinstance(value, list):
+        return [_as_utf8(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _as_utf8(item) for key, item in value.items()}
+    return value
+
+
 def _main(write_fd: int) -> int:
     request_line = bytearray()
     while not request_line.endswith(b"\n"):  # nothing follows the request
@@ -257,7 +268,7 @@ def _main(write_fd: int) -> int:
     def emit(kind: str, **fields: Any) -> None:
         send({"event": kind, **fields})
 
-    request = json.loads(request_line)
+    request = _as_utf8(json.loads(request_line))
     module, _, function = TASKS[request["task"]].partition(":")
     try:
         task = getattr(importlib.import_module(module), function)

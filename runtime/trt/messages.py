@@ -63,14 +63,14 @@ class BuildLog:
 
 
 def readable(text: str) -> str:
-    """A message without TensorRT's own function names, error numbers and source locations."""
-    lines = []
+    """A message without TensorRT's own function names, error numbers, source locations and driver noise behind it."""
+    lines: list[str] = []
     for line in text.splitlines():
         inner = _PREFIX.match(line.strip())
         said = inner["text"] if inner else line.strip()
         asserted = _ASSERTION.match(said)
         said = _LOCATION.sub("", asserted["text"] if asserted else said).strip()
-        if said and not _NO_DRIVER.search(said):
+        if said and not (lines and _NO_DRIVER.search(said)):
             lines.append(said)
     return "\n".join(lines)
 
