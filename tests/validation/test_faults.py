@@ -174,8 +174,8 @@ def test_wrong_inputs_are_refused(net, golden, fault, precision):
 def test_fault_below_bf16s_own_error_is_found_elsewhere_in_the_chain(net, golden):
     """Two of sixteen hidden channels swapped cost 24 dB, no more than bf16 itself costs EfficientNet-Lite0.
 
-    No limit on the output can tell those apart. In the graph the export's limit finds it, in the engine a comparison with
-    onnxruntime on the same ONNX does.
+    No limit on the output can tell those apart. In the graph the export's limit finds it, in the engine a comparison
+    with onnxruntime on the same ONNX does.
     """
     faulty = edited(net, swap_two_channels)
     engine = verdict(golden, Eager(faulty, torch.bfloat16), "bf16")
