@@ -165,9 +165,14 @@ def build_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     log = BuildLog(no_gpu=device_facts() is None, on_node=lambda node: emit("doing", what=f"parsing the node {node}"))
     # All of these stay referenced to the end: TensorRT's objects do not keep each other alive (SIGSEGV).
     logger = make_logger(trt, log)
-    builder = trt.Builder(logger)
-    if builder is None or not hasattr(builder, "create_network"):
-        raise BuildError(f"{backend} gives no builder", why="; ".join(log.errors[-3:]), fix="check the GPU's driver")
+    try:
+        builder = trt.Builder(logger)
+    except TypeError as error:  # the bindings' word for a null pointer
+        raise BuildError(
+            f"{backend} does not start on this machine",
+            why="; ".join(log.errors[-3:]),
+            fix="check the GPU and its driver with nvidia-smi, or use another release of the backend",
+        ) from error
     network = builder.create_network(_creation_flags(trt, backend))
     parser = trt.OnnxParser(network, logger)
     started = time.perf_counter()

@@ -57,7 +57,10 @@ class EngineRunner:
         self._path = engine
         self._log.errors.clear()
         # Each of these stays referenced as long as the next one lives: TensorRT does not see to it.
-        self._runtime: Any = self._trt.Runtime(self._logger)
+        try:
+            self._runtime: Any = self._trt.Runtime(self._logger)
+        except TypeError as error:  # the bindings' word for a null pointer
+            raise self._refused("finds no runtime") from error
         self._engine: Any = self._runtime.deserialize_cuda_engine(_read(engine))
         if self._engine is None:
             raise self._refused("does not load")
