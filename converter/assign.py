@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from trtforge.converter.dataflow import find_masks, find_positions, is_limit
 from trtforge.converter.types import NodeTypes, node_types
 from trtforge.runtime.graph import META_ORIGIN, all_graphs, node_refs
 from trtforge.runtime.precision import QUANTIZED, Assignment, Origin, Precision, PrecisionPlan
@@ -32,6 +33,18 @@ _KEPT: Mapping[str, frozenset[str]] = {
     "LayerNormalization": frozenset({"U"}),  # Mean and InvStdDev are of the type that `stash_type` names
 }
 
+# Each alone, parsed and built by RTX 1.7 at opset 23: refused by the parser, or (ConvTranspose) by the builder.
+_REFUSED: Mapping[ir.DataType, frozenset[str]] = {
+    ir.DataType.FLOAT16: frozenset({"MeanVarianceNormalization"}),
+    ir.DataType.BFLOAT16: frozenset({
+        "ConvTranspose", "GRU", "HardSwish", "LpNormalization", "LpPool", "MeanVarianceNormalization", "Mish",
+        "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Shrink",
+    }),
+}  # fmt: skip
+
+_EXACT = {ir.DataType.FLOAT16: 2048, ir.DataType.BFLOAT16: 256}
+"""Up to here a type holds every integer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -46,6 +59,9 @@ class Decision:
         dtype: The element type of its converted slots.
         inputs: Input slots that are converted to `dtype`; its other float32 slots stay float32.
         outputs: Output slots that are.
+        clamps: Input slots whose constant is cut to the finite range of `clamp_type`: a mask's "lowest float", or a
+            limit, that lies beyond it.
+        clamp_type: The low type whose range that is.
     """
 
     id: str
@@ -56,13 +72,16 @@ class Decision:
     dtype: ir.DataType
     inputs: frozenset[int] = frozenset()
     outputs: frozenset[int] = frozenset()
+    clamps: frozenset[int] = frozenset()
+    clamp_type: ir.DataType = ir.DataType.FLOAT
 
 
 def assign(model: ir.Model, plan: PrecisionPlan, *, graph: str | None = None) -> dict[ir.Node, Decision]:
     """What the plan comes to for every node that has float32 tensors.
 
-    A node stays in fp32 in spite of its plan where its operator does not take the type at the graph's opset (origin
-    "type"), or where a weight of it lies beyond the type's range (origin "overflow").
+    A node stays in fp32 in spite of its plan where its operator does not take the type, in ONNX at the graph's opset
+    or in TensorRT's parser (origin "type"); where it computes positions, unless a rule of the plan names it (origin
+    "type"); where a constant of it lies beyond the type's range, unless that only means "masked" (origin "overflow").
 
     Args:
         model: A float graph; every value's element type is known (`types.infer_types`).
@@ -73,16 +92,15 @@ def assign(model: ir.Model, plan: PrecisionPlan, *, graph: str | None = None) ->
         ConfigError: as `PrecisionPlan.resolve`.
     """
     resolved = plan.resolve(node_refs(model), graph=graph)
-    opsets = model.graph.opset_imports
-    out: dict[ir.Node, Decision] = {}
+    wishes: dict[ir.Node, tuple[Assignment, Precision]] = {}
     for node in _own_nodes(model):
-        inputs, outputs = float_slots(node)
-        if not inputs and not outputs:
-            continue
-        wish = resolved[node.name or ""]
-        precision = plan.float_default if wish.precision in QUANTIZED else wish.precision
-        out[node] = _decide(node, wish, precision, inputs, outputs, node_types(node, opsets), opsets)
-    return out
+        if any(float_slots(node)):
+            wish = resolved[node.name or ""]
+            wishes[node] = wish, plan.float_default if wish.precision in QUANTIZED else wish.precision
+    if all(FLOAT_TYPES[precision] == ir.DataType.FLOAT for _, precision in wishes.values()):
+        return {node: _keep(node, precision, wish.origin, wish.reason) for node, (wish, precision) in wishes.items()}
+    rules = _Rules(model.graph.opset_imports, find_positions(model), find_masks(model), FLOAT_TYPES[plan.float_default])
+    return {node: rules.decide(node, wish, precision) for node, (wish, precision) in wishes.items()}
 
 
 def _own_nodes(model: ir.Model) -> Iterator[ir.Node]:
@@ -106,42 +124,96 @@ def _is_float(value: ir.Value | None) -> bool:
     return value is not None and value.dtype == ir.DataType.FLOAT and isinstance(value.type, ir.TensorType)
 
 
-def _decide(
-    node: ir.Node,
-    wish: Assignment,
-    precision: Precision,
-    inputs: frozenset[int],
-    outputs: frozenset[int],
-    types: NodeTypes | None,
-    opsets: Mapping[str, int],
-) -> Decision:
-    name = node.name or ""
-    dtype = FLOAT_TYPES[precision]
-    if dtype == ir.DataType.FLOAT:
-        return Decision(name, node.op_type, precision, wish.origin, wish.reason, dtype)
+def _keep(node: ir.Node, precision: Precision, origin: Origin | None, reason: str) -> Decision:
+    return Decision(node.name or "", node.op_type, precision, origin, reason, ir.DataType.FLOAT)
 
-    def stays(origin: Origin, reason: str) -> Decision:
-        return Decision(name, node.op_type, "fp32", origin, reason, ir.DataType.FLOAT)
 
-    if types is None:
-        return stays("type", f"{node.domain}.{node.op_type} is no operator that onnx knows")
-    kept = _KEPT.get(node.op_type, frozenset())
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What decides whether a node can run in a low precision; `default` is the plan's own float type."""
 
-    def convertible(slots: frozenset[int], variables: tuple[str, ...]) -> frozenset[int]:
-        return frozenset(
-            i for i in slots
-            if i < len(variables) and variables[i] not in kept and types.takes(variables[i], dtype)
+    opsets: Mapping[str, int]
+    positions: set[ir.Node]
+    masks: set[ir.Value]
+    default: ir.DataType
+
+    def decide(self, node: ir.Node, wish: Assignment, precision: Precision) -> Decision:
+        dtype = FLOAT_TYPES[precision]
+        if dtype == ir.DataType.FLOAT:
+            return self._clamped(_keep(node, precision, wish.origin, wish.reason), node)
+        types = node_types(node, self.opsets)
+        refusal = _refusal(node, dtype, types, self.opsets)
+        if refusal or types is None:
+            return self._clamped(_keep(node, "fp32", "type", refusal), node)
+        if node in self.positions and wish.rule is None:
+            reason = f"it computes positions from integers, which {precision} holds exactly up to {_EXACT[dtype]} only"
+            return self._clamped(_keep(node, "fp32", "type", reason), node)
+        inputs, outputs = _convertible(node, dtype, types)
+        clamps = []
+        for slot in sorted(inputs):
+            worst = self._beyond(node, slot, dtype)
+            if worst and self._may_clamp(node, slot):
+                clamps.append(slot)
+            elif worst:
+                value = node.inputs[slot]
+                reason = (
+                    f"{value.name if value else ''} reaches {worst:.6g}, {precision} ends at {largest_value(dtype):.6g}"
+                )
+                return self._clamped(_keep(node, "fp32", "overflow", reason), node)
+        return Decision(
+            node.name or "", node.op_type, precision, wish.origin, wish.reason, dtype,
+            inputs, outputs, frozenset(clamps), dtype,
         )  # fmt: skip
 
-    low_inputs, low_outputs = convertible(inputs, types.inputs), convertible(outputs, types.outputs)
-    if not low_inputs and not low_outputs:
-        return stays("type", f"{node.op_type} does not take {dtype.name.lower()} at opset {opsets[node.domain]}")
-    for index in sorted(low_inputs):
-        tensor = constant_tensor(node.inputs[index])
-        if tensor is not None and (worst := largest_magnitude(tensor)) > largest_value(dtype):
-            shown = f"{node.inputs[index].name} reaches {worst:.6g}"  # type: ignore[union-attr]
-            return stays("overflow", f"{shown}, {precision} ends at {largest_value(dtype):.6g}")
-    return Decision(name, node.op_type, precision, wish.origin, wish.reason, dtype, low_inputs, low_outputs)
+    def _clamped(self, decision: Decision, node: ir.Node) -> Decision:
+        """A mask that is made in float32 and used in half would become infinite at the cast: cut it where it is made."""
+        if self.default == ir.DataType.FLOAT:
+            return decision
+        clamps = frozenset(
+            slot for slot in float_slots(node)[0]
+            if not is_limit(node, slot) and self._may_clamp(node, slot) and self._beyond(node, slot, self.default)
+        )  # fmt: skip
+        return replace(decision, clamps=clamps, clamp_type=self.default)
+
+    def _beyond(self, node: ir.Node, slot: int, dtype: ir.DataType) -> float:
+        """The largest |x| of the constant at `slot` where that is beyond the type's range, else 0."""
+        tensor = constant_tensor(node.inputs[slot])
+        worst = largest_magnitude(tensor) if tensor is not None else 0.0
+        return worst if worst > largest_value(dtype) else 0.0
+
+    def _may_clamp(self, node: ir.Node, slot: int) -> bool:
+        if is_limit(node, slot):
+            return True
+        value, tensor = node.inputs[slot], constant_tensor(node.inputs[slot])
+        masked = value in self.masks or (
+            node.op_type == "Mul" and node.domain == "" and all(output in self.masks for output in node.outputs)
+        )
+        return masked and tensor is not None and bool((tensor.numpy() <= largest_value(self.default)).all())
+
+
+def _convertible(node: ir.Node, dtype: ir.DataType, types: NodeTypes) -> tuple[frozenset[int], frozenset[int]]:
+    kept = _KEPT.get(node.op_type, frozenset())
+
+    def those(slots: frozenset[int], variables: tuple[str, ...]) -> frozenset[int]:
+        return frozenset(
+            slot for slot in slots
+            if slot < len(variables) and variables[slot] not in kept and types.takes(variables[slot], dtype)
+        )  # fmt: skip
+
+    inputs, outputs = float_slots(node)
+    return those(inputs, types.inputs), those(outputs, types.outputs)
+
+
+def _refusal(node: ir.Node, dtype: ir.DataType, types: NodeTypes | None, opsets: Mapping[str, int]) -> str:
+    """Why the node's operator cannot run in `dtype`; "" where it can."""
+    if types is None:
+        return f"onnx knows no types of the operator {node.domain or 'ai.onnx'}.{node.op_type}"
+    if node.domain == "" and node.op_type in _REFUSED.get(dtype, frozenset()):
+        return f"TensorRT does not take {node.op_type} in {dtype.name.lower()}"
+    inputs, outputs = _convertible(node, dtype, types)
+    if not inputs and not outputs:
+        return f"{node.op_type} does not take {dtype.name.lower()} at opset {opsets.get(node.domain, 0)}"
+    return ""
 
 
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -176,4 +248,4 @@ def largest_magnitude(tensor: ir.TensorProtocol) -> float:
 
 def largest_value(dtype: ir.DataType) -> float:
     """The largest finite value of a float type: 65504 for float16, 3.3895e38 for bfloat16."""
-    return float(ml_dtypes.finfo(dtype.numpy()).max)
+    return float(ml_dtypes.finfo(dtype.numpy()).max)  # type: ignore[no-untyped-call]

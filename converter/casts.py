@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
-from trtforge.converter.assign import FLOAT_TYPES, NATURAL, Decision, assign, constant_tensor
+from trtforge.converter.assign import FLOAT_TYPES, NATURAL, Decision, assign, constant_tensor, largest_value
 from trtforge.converter.types import body_graphs, infer_types, node_types
 from trtforge.runtime.graph import META_LINE, META_MODULE, META_ORIGIN, all_graphs
 from trtforge.runtime.precision import PrecisionPlan
@@ -63,7 +63,7 @@ class _Caster:
         self.floats: set[ir.Value] = set()  # what was float32 before the first change
         self.names: set[str] = set()
         self.cast_values: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
-        self.copies: dict[ir.Value, dict[ir.DataType, ir.Value]] = {}
+        self.copies: dict[ir.Value, dict[tuple[ir.DataType, float], ir.Value]] = {}
         for graph in all_graphs(model):
             if isinstance(graph, ir.Graph):
                 self._survey(graph)
@@ -103,7 +103,9 @@ class _Caster:
                 wanted = value.dtype if takes else ir.DataType.FLOAT
             else:
                 wanted = ir.DataType.FLOAT
-            if wanted != value.dtype:
+            if decision is not None and index in decision.clamps:
+                node.replace_input_with(index, self._copy(value, wanted, largest_value(decision.clamp_type)))
+            elif wanted != value.dtype:
                 node.replace_input_with(index, self.as_type(value, wanted))
 
     def _control_flow(self, node: ir.Node, decision: Decision | None) -> None:
@@ -175,14 +177,17 @@ class _Caster:
         self.cast_values[value, dtype] = out
         return out
 
-    def _copy(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    def _copy(self, value: ir.Value, dtype: ir.DataType, clamp: float = np.inf) -> ir.Value:
+        """The constant `value` in another type, and finite elements within ±`clamp`."""
         copies = self.copies.setdefault(value, {})
-        if dtype not in copies:
+        if (dtype, clamp) not in copies:
             tensor = constant_tensor(value)
             assert tensor is not None
             name = self._fresh(f"{value.name}_{_SHORT[dtype]}")
-            converted = _convert(tensor, dtype, name)
-            copy = ir.Value(name=name, type=ir.TensorType(dtype), shape=converted.shape, const_value=converted)
+            converted = _convert(tensor, dtype, name, clamp)
+            copy = ir.Value(
+                name=name, type=ir.TensorType(dtype), shape=ir.Shape(converted.shape), const_value=converted
+            )
             copy.metadata_props.update(value.metadata_props)
             producer = value.producer()
             if producer is None:
@@ -200,8 +205,8 @@ class _Caster:
                 )
                 assert producer.graph is not None
                 producer.graph.insert_after(producer, node)
-            copies[dtype] = copy
-        return copies[dtype]
+            copies[dtype, clamp] = copy
+        return copies[dtype, clamp]
 
     def fold_constants(self) -> None:
         """A constant that is used in one converted type only keeps its place and name; unused originals go."""
@@ -213,7 +218,7 @@ class _Caster:
                 if producer is None and value.graph is not None:
                     del value.graph.initializers[value.name or ""]
                 continue
-            ((dtype, copy),) = copies.items()
+            (((dtype, _), copy),) = copies.items()
             tensor = copy.const_value
             assert tensor is not None
             value.dtype = dtype
@@ -238,9 +243,14 @@ class _Caster:
         return unique
 
 
-def _convert(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str | None) -> ir.TensorProtocol:
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows was decided on in `assign`
-        return ir.tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype, name=name)
+def _convert(
+    tensor: ir.TensorProtocol, dtype: ir.DataType, name: str | None, clamp: float = np.inf
+) -> ir.TensorProtocol:
+    array = tensor.numpy()
+    if clamp != np.inf:
+        array = np.where(np.isfinite(array), np.clip(array, -clamp, clamp), array).astype(array.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # what may overflow was decided in `assign`
+        return ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
 
 
 def _set_constant(node: ir.Node, tensor: ir.TensorProtocol) -> None:
@@ -259,7 +269,8 @@ def _retype_output(node: ir.Node, index: int, dtype: ir.DataType) -> None:
         value = (
             node.attributes["value"].as_tensor() if "value" in node.attributes else ir.tensor(np.zeros(1, np.float32))
         )
-        node.attributes["value"] = ir.AttrTensor("value", _convert(value, dtype, value.name))
+        # What lies beyond the range is a mask here; anything else `assign` has left in float32.
+        node.attributes["value"] = ir.AttrTensor("value", _convert(value, dtype, value.name, largest_value(dtype)))
     elif node.op_type in _DTYPE_ATTRIBUTE:
         node.attributes["dtype"] = ir.AttrInt64("dtype", int(dtype))
 
