@@ -371,7 +371,7 @@ def _check_fit(engine: Path, backend: Backend) -> None:
 
 @functools.cache
 def _runtime_logger(trt: ModuleType) -> tuple[BuildLog, Any]:
-    # TensorRT keeps the first logger of a process for good and ignores every later one.
+    # TensorRT warns of a second logger in a process, and says that it will be ignored.
     log = BuildLog(no_gpu=False, on_node=lambda _: None)
     return log, make_logger(trt, log)
 

@@ -209,12 +209,10 @@ def test_header_py_the_mask_names_the_targets(tmp_path, target):
     assert header.compute_capabilities == named
 
 
-def test_execute_py_the_first_logger_of_a_process_stays(tmp_path):
+def test_execute_py_a_second_logger_in_a_process_is_warned_of(tmp_path):
     code = """
 second = Logger()
 again = trt.Builder(second)
 print(any("logger passed into createInferBuilder differs" in text for text in second.said))
-again.build_serialized_network(again.create_network(1), again.create_builder_config())
-print(any("must have at least one output" in text for text in log.said), len(second.said))
 """
-    assert _says(models.write(tmp_path, models.STATIC), code).split() == ["True", "True", "1"]
+    assert _says(models.write(tmp_path, models.STATIC), code) == "True"
