@@ -149,6 +149,10 @@ class _Rules:
             reason = f"it computes positions from integers, which {precision} holds exactly up to {_EXACT[dtype]} only"
             return self._clamped(_keep(node, "fp32", "type", reason), node)
         inputs, outputs = _convertible(node, dtype, types)
+        if node.op_type == "ConstantOfShape" and "value" in node.attributes and node.outputs[0] not in self.masks:
+            worst = largest_magnitude(node.attributes["value"].as_tensor())
+            if worst > largest_value(dtype):
+                return _keep(node, "fp32", "overflow", _too_large("its value", worst, precision))
         clamps = []
         for slot in sorted(inputs):
             worst = self._beyond(node, slot, dtype)
@@ -156,9 +160,7 @@ class _Rules:
                 clamps.append(slot)
             elif worst:
                 value = node.inputs[slot]
-                reason = (
-                    f"{value.name if value else ''} reaches {worst:.6g}, {precision} ends at {largest_value(dtype):.6g}"
-                )
+                reason = _too_large(f"its constant {value.name if value else ''}", worst, precision)
                 return self._clamped(_keep(node, "fp32", "overflow", reason), node)
         return Decision(
             node.name or "", node.op_type, precision, wish.origin, wish.reason, dtype,
@@ -166,7 +168,7 @@ class _Rules:
         )  # fmt: skip
 
     def _clamped(self, decision: Decision, node: ir.Node) -> Decision:
-        """A mask that is made in float32 and used in half would become infinite at the cast: cut it where it is made."""
+        """A mask made in float32 and used in half would become infinite at the cast: it is cut where it is made."""
         if self.default == ir.DataType.FLOAT:
             return decision
         clamps = frozenset(
@@ -189,6 +191,10 @@ class _Rules:
             node.op_type == "Mul" and node.domain == "" and all(output in self.masks for output in node.outputs)
         )
         return masked and tensor is not None and bool((tensor.numpy() <= largest_value(self.default)).all())
+
+
+def _too_large(what: str, worst: float, precision: Precision) -> str:
+    return f"{what} reaches {worst:.6g}, {precision} ends at {largest_value(FLOAT_TYPES[precision]):.6g}"
 
 
 def _convertible(node: ir.Node, dtype: ir.DataType, types: NodeTypes) -> tuple[frozenset[int], frozenset[int]]:

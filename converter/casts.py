@@ -186,7 +186,7 @@ class _Caster:
             name = self._fresh(f"{value.name}_{_SHORT[dtype]}")
             converted = _convert(tensor, dtype, name, clamp)
             copy = ir.Value(
-                name=name, type=ir.TensorType(dtype), shape=ir.Shape(converted.shape), const_value=converted
+                name=name, type=ir.TensorType(dtype), shape=ir.Shape(converted.numpy().shape), const_value=converted
             )
             copy.metadata_props.update(value.metadata_props)
             producer = value.producer()

@@ -1,4 +1,4 @@
-"""What float values of a graph stand for, where that decides how they may be rounded: attention masks, and positions."""
+"""What float values of a graph stand for, where that decides how they may be rounded: masks, and positions."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _LIMITS: dict[str, frozenset[int]] = {"Clip": frozenset({1, 2}), "Min": frozense
 
 # Arithmetic that keeps a position a position: elementwise, moves, and outer products.
 _POSITIONAL = frozenset(_MOVES) | {
-    "Abs", "Add", "Ceil", "Clip", "Cos", "CumSum", "Div", "Einsum", "Exp", "Floor", "Log", "MatMul", "Max", "Min", "Mod",
-    "Mul", "Neg", "Pow", "Range", "Reciprocal", "Round", "Sin", "Sqrt", "Sub",
+    "Abs", "Add", "Ceil", "Clip", "Cos", "CumSum", "Div", "Einsum", "Exp", "Floor", "Log", "MatMul", "Max", "Min",
+    "Mod", "Mul", "Neg", "Pow", "Range", "Reciprocal", "Round", "Sin", "Sqrt", "Sub",
 }  # fmt: skip
 # uint8, int8 and bool are exact in fp16 (and bool and uint8 in bf16): pictures and flags are no positions.
 _WIDE_INTEGERS = frozenset({ir.DataType.INT32, ir.DataType.INT64, ir.DataType.UINT32, ir.DataType.UINT64})
