@@ -174,10 +174,8 @@ def _wait(process: subprocess.Popen[bytes], *, answered: bool) -> int:
 
 def _python_path() -> dict[str, str]:
     """What a child needs to find this very code where trtforge runs from a checkout that is not installed."""
-    import trtforge
-
-    assert trtforge.__file__ is not None
-    root = Path(trtforge.__file__).parent.parent
+    # Unresolved: `trtforge/runtime` is a link in a checkout, and its target's folder is no package.
+    root = Path(__file__).parents[2]
     if root.name in ("site-packages", "dist-packages"):
         return {}
     inherited = os.environ.get("PYTHONPATH")
