@@ -153,12 +153,12 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"checkpoint {path} holds more than tensors, and is not unpickled",
-            why=str(error).splitlines()[0],
+            why=_first_line(error),
             fix="save `module.state_dict()` with torch.save, or write a .safetensors file",
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001  # torch.load raises whatever its readers met in the file
         raise ConfigError(
-            f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}",
+            f"checkpoint {path} cannot be read: {_first_line(error)}",
             fix="a .pt file of torch.save(module.state_dict()), or .safetensors",
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
@@ -185,6 +185,11 @@ def _check_finite(module: torch.nn.Module) -> None:
             why="no engine can equal a model whose outputs are undefined",
             fix="take a checkpoint from before training diverged",
         )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _some(names: list[str]) -> str:
