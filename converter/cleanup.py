@@ -1,7 +1,8 @@
 """Makes a graph plain, and such that TensorRT's parser reads it.
 
-Ensures: no local functions, no constants as nodes, no dead or doubled parts, inputs and outputs that are distinct values,
-a unique name for every value, Einsum equations that parse. Names of inputs and outputs, and results, are as before.
+Ensures: no local functions, no constants as nodes, no dead or doubled parts, inputs and outputs that are distinct
+values, a unique name for every value, Einsum equations that parse. Names of inputs and outputs, and results, are as
+before.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _BEFORE: tuple[ir.passes.PassBase, ...] = (
 _AFTER: tuple[ir.passes.PassBase, ...] = (
     common.CommonSubexpressionEliminationPass(),
     common.RemoveUnusedNodesPass(),
-    common.RemoveUnusedFunctionsPass(),
+    common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
     common.RemoveUnusedOpsetsPass(),
     common.OutputFixPass(),
 )

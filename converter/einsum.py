@@ -1,4 +1,4 @@
-"""Einsum equations as TensorRT's parser reads them: one lowercase letter an axis, no spaces, no ellipsis, an explicit result."""
+"""Einsum equations as TensorRT's parser reads them: lowercase letters, no spaces, no ellipsis, an explicit result."""
 
 from __future__ import annotations
 

@@ -104,10 +104,9 @@ def example_from_inputs(
         ConfigError: `forward` does not take the inputs; a shape that fits no input, or not its example; a dimension
             without a range, or whose range the example is outside of.
     """
-    if isinstance(inputs, Mapping):
-        args, kwargs = (), dict(inputs)
-    else:
-        args, kwargs = (inputs if type(inputs) in (tuple, list) else (inputs,)), {}
+    kwargs: dict[str, Any] = dict(inputs) if isinstance(inputs, Mapping) else {}
+    args: Sequence[Any] = inputs if type(inputs) in (tuple, list) else (inputs,)
+    args = () if isinstance(inputs, Mapping) else args
     names = bind_call(module, args, kwargs)
     device = _device(module)
     tensors = [tensor.detach().to(device) for _, tensor in tensor_leaves((tuple(args), kwargs))]
@@ -208,7 +207,7 @@ def _spec_of(name: str, tensor: torch.Tensor, shape: ShapeLike | None, dims: Map
         elif dim not in dims:
             raise ConfigError(
                 f"input {name!r}: dimension {dim!r} has no range",
-                fix=f'add it to dims, as in dims={{"{dim}": (1, {size}, {2 * size})}}; known: {", ".join(dims) or "none"}',
+                fix=f'add it, as in dims={{"{dim}": (1, {size}, {2 * size})}}; known: {", ".join(dims) or "none"}',
             )
         elif not dims[dim].min <= size <= dims[dim].max:
             raise ConfigError(

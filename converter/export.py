@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import keyword
 import logging
 import re
 import warnings
@@ -19,10 +20,11 @@ from onnx_ir.passes.common import OutputFixPass
 from trtforge.converter.cleanup import clean
 from trtforge.converter.example import merge_profiles
 from trtforge.converter.export_errors import explain_capture, explain_translation, frozen_dimension
+from trtforge.converter.guards import find_guards
 from trtforge.converter.identity import WRAPPER, identify
 from trtforge.converter.signature import ExampleInputs, name_outputs
 from trtforge.converter.values import all_values, name_values
-from trtforge.runtime.errors import ConfigError, ExportError
+from trtforge.runtime.errors import ConfigError, ExportError, TrtForgeError
 from trtforge.runtime.graph import OnnxModel, save_graph
 from trtforge.runtime.specs import DimRange, Profile
 from trtforge.runtime.torch_runner import evaluation
@@ -52,7 +54,8 @@ class FlatCall(torch.nn.Module):
         self._example = example
         # torch.export puts a module's attributes back as they were, lists and dicts included
         self._seen = _Seen()
-        self.forward = _with_parameters(self._call, [spec.name for spec in example.specs])
+        self.identifiers = _identifiers([spec.name for spec in example.specs])
+        self.forward = _with_parameters(self._call, self.identifiers)
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -95,7 +98,7 @@ def export_module(
     flat = FlatCall(module, example)
     with evaluation(module), _quiet():
         program = _capture(flat, example, dims)
-        names = _output_names(flat.output_names, output_names)
+        names = _output_names(flat.output_names, output_names, [spec.name for spec in example.specs])
         model = _translate(program, example, opset)
     _name_values(model, example, names)
     _name_dims(model, example)
@@ -111,9 +114,10 @@ def _capture(flat: FlatCall, example: ExampleInputs, dims: Mapping[str, DimRange
     shapes = tuple(
         {axis: symbols[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in example.specs
     )
+
     # torch.onnx.export retries a failed capture with the "suggested fix", and so freezes dimensions in silence (RAFT's
     # chunk on the batch): capture here, once, and never refine.
-    try:
+    def capture() -> torch.export.ExportedProgram:
         with _capture_settings():
             return torch.export.export(
                 flat,
@@ -122,16 +126,27 @@ def _capture(flat: FlatCall, example: ExampleInputs, dims: Mapping[str, DimRange
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
-    except Exception as error:  # noqa: BLE001 - the module's own code runs here and may raise anything
-        raise explain_capture(error, flat, example) from error
+
+    try:
+        return capture()
+    except TrtForgeError:
+        raise
+    except Exception as error:
+        sources = {
+            f"L[{identifier!r}].size()[{axis}]": dim
+            for identifier, spec in zip(flat.identifiers, example.specs, strict=True)
+            for axis, dim in enumerate(spec.shape)
+            if isinstance(dim, str)
+        }
+        raise explain_capture(error, dims, lambda: find_guards(capture, sources)) from error
 
 
 def _translate(program: torch.export.ExportedProgram, example: ExampleInputs, opset: int) -> ir.Model:
     try:
         with _capture_settings():
             result = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, optimize=True)
-    except Exception as error:  # noqa: BLE001 - torch.onnx raises what its translation of each operator raises
-        raise explain_translation(error, program) from error
+    except Exception as error:
+        raise explain_translation(error, program, opset) from error
     assert result is not None
     model = result.model
     if len(model.graph.inputs) != len(example.specs):
@@ -149,7 +164,8 @@ def _capture_settings() -> Iterator[None]:
         # Under no_grad an LSTM is decomposed step by step, which freezes its length.
         stack.enter_context(torch.enable_grad())
         # Sizes of 1 stay dynamic: no branch on `size == 1` is taken into the graph.
-        stack.enter_context(torch.fx.experimental._config.patch(backed_size_oblivious=True))
+        config: Any = torch.fx.experimental._config
+        stack.enter_context(config.patch(backed_size_oblivious=True))
         for patch in _rnn_patches():
             stack.enter_context(patch())
         yield
@@ -192,35 +208,47 @@ def _quiet() -> Iterator[None]:
             _log.debug("%s", text.getvalue())
 
 
-def _with_parameters(function: Any, names: Sequence[str]) -> Any:
-    """`function(*tensors)` with a signature of identifiers made from `names`, which torch's messages then use."""
+def _identifiers(names: Sequence[str]) -> tuple[str, ...]:
+    """An identifier for each name, the name itself where it is one: torch's messages use them."""
+    found: list[str] = []
+    for name in names:
+        word = re.sub(r"\W", "_", name)
+        usable = word.isidentifier() and not keyword.iskeyword(word) and word not in found
+        found.append(word if usable else f"input_{len(found)}")
+    return tuple(found)
 
+
+def _with_parameters(function: Callable[..., Any], identifiers: Sequence[str]) -> Callable[..., Any]:
     def forward(*tensors: torch.Tensor) -> Any:
         return function(*tensors)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    identifiers: list[str] = []
-    for name in names:
-        word = re.sub(r"\W", "_", name)
-        identifiers.append(word if word.isidentifier() and word not in identifiers else f"input_{len(identifiers)}")
-    forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in identifiers])  # type: ignore[attr-defined]
+    signature = inspect.Signature([inspect.Parameter(name, kind) for name in identifiers])
+    forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward
 
 
-def _output_names(derived: Sequence[str], wanted: Sequence[str] | None) -> Sequence[str]:
+def _output_names(derived: Sequence[str], wanted: Sequence[str] | None, inputs: Sequence[str]) -> list[str]:
     if not derived:
         raise ExportError("the module returned no tensor", fix="return a tensor, or tensors in a tuple, list or dict")
     if wanted is None:
-        return derived
+        names: list[str] = []
+        for name in derived:
+            while name in names or name in inputs:  # a dict's key may be a parameter's name
+                name += "_output"
+            names.append(name)
+        return names
     if len(wanted) != len(derived):
         raise ConfigError(
             f"outputs names {len(wanted)} tensors, the model returns {len(derived)}: {', '.join(derived)}",
             fix="name each of them, in this order, or leave `outputs` out",
         )
     for name in wanted:
+        if name in inputs:
+            raise ConfigError(f"outputs: {name!r} is an input's name", fix="choose another one")
         if list(wanted).count(name) > 1:
             raise ConfigError(f"outputs has the name {name!r} twice")
-    return wanted
+    return list(wanted)
 
 
 def _name_values(model: ir.Model, example: ExampleInputs, outputs: Sequence[str]) -> None:
@@ -241,7 +269,7 @@ def _name_dims(model: ir.Model, example: ExampleInputs) -> None:
     for value, spec in zip(model.graph.inputs, example.specs, strict=True):
         for axis, (wanted, found) in enumerate(zip(spec.shape, value.shape or (), strict=True)):
             if isinstance(wanted, str) and isinstance(found, int):
-                raise frozen_dimension(wanted, found, spec.name, axis)
+                raise frozen_dimension(wanted, found, place=f" in input {spec.name!r}, axis {axis}")
             if isinstance(wanted, str) and isinstance(found, ir.SymbolicDim) and found.value is not None:
                 symbols[str(found.value)] = wanted
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, symbols)) + r")\b")

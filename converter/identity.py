@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import ast
 import re
-import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from pathlib import Path
 
 import onnx_ir as ir
 
+from trtforge.converter.frames import line_of_trace
 from trtforge.runtime.graph import META_LINE, META_MODULE, all_graphs
 
-__all__ = ["WRAPPER", "identify", "user_line"]
+__all__ = ["WRAPPER", "identify"]
 
 WRAPPER = "trtforge_root"
 """Name of the user's module within the wrapper that is exported; never part of an id."""
@@ -28,7 +27,6 @@ WRAPPER = "trtforge_root"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _CLASSES = "pkg.torch.onnx.class_hierarchy"
 _TRACE = "pkg.torch.onnx.stack_trace"
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
 _FUSED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 """Operators that the exporter folds a BatchNorm into; the result claims the BatchNorm's scope."""
 
@@ -42,34 +40,17 @@ def identify(model: ir.Model) -> None:
     _strip(model, nodes)
 
 
-def user_line(trace: str) -> str:
-    """`file.py:42` of the deepest frame in the user's own code, or else outside torch; "" where there is none.
-
-    Args:
-        trace: Frames as Python prints them, outermost first.
-    """
-    ours = Path(__file__).parent
-    frames = [(Path(file), line) for file, line in _FRAME.findall(trace) if not file.startswith("<")]
-    frames = [frame for frame in frames if frame[0].parent != ours]
-    own = [frame for frame in frames if _library(frame[0]) is None]
-    near = own or [frame for frame in frames if "torch" not in frame[0].parts]
-    if not near:
-        return ""
-    file, line = near[-1]
-    return f"{_relative(file)}:{line}"
-
-
 def _locate(nodes: list[ir.Node]) -> None:
-    line_of = lru_cache(maxsize=None)(user_line)
+    line_of = lru_cache(maxsize=None)(line_of_trace)
     owners = {graph: node for node in nodes for graph in _bodies(node)}
     for node in nodes:
         if META_MODULE in node.metadata_props or _SCOPES not in node.metadata_props:
             continue
-        owner = owners.get(node.graph)
+        owner = owners.get(node.graph) if isinstance(node.graph, ir.Graph) else None
         node.metadata_props[META_MODULE] = _module_of(node, owner.metadata_props[META_MODULE] if owner else "")
         line = line_of(node.metadata_props.get(_TRACE, ""))
-        if line:
-            node.metadata_props[META_LINE] = line
+        if line is not None:
+            node.metadata_props[META_LINE] = str(line)
     # What a rewriter made without metadata belongs where its first located producer does, else its first consumer.
     for node in nodes:
         _inherit(node, (value.producer() for value in node.inputs if value is not None))
@@ -119,23 +100,6 @@ def _string_list(text: str) -> list[str]:
     except (ValueError, SyntaxError):
         return []
     return [str(item) for item in value] if isinstance(value, list) else []
-
-
-@lru_cache(maxsize=None)
-def _library(file: Path) -> Path | None:
-    """The folder of installed code that a file is in, None for the user's own."""
-    for parent in file.parents:
-        if parent.name in ("site-packages", "dist-packages"):
-            return parent
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    return stdlib if file.is_relative_to(stdlib) else None
-
-
-def _relative(file: Path) -> str:
-    for folder in (_library(file), Path.cwd()):
-        if folder is not None and file.is_relative_to(folder):
-            return file.relative_to(folder).as_posix()
-    return Path(*file.parts[-2:]).as_posix()
 
 
 def _name(nodes: list[ir.Node]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from trtforge.runtime.errors import ConfigError, TrtForgeError
+from trtforge.runtime.errors import ConfigError, ExportError, TrtForgeError
 from trtforge.runtime.specs import InputSpec
 
 __all__ = ["ExampleInputs", "bind_call", "name_outputs", "tensor_leaves"]
@@ -51,21 +51,26 @@ class ExampleInputs:
         return args, kwargs
 
 
-def tensor_leaves(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def tensor_leaves(value: Any, error: type[TrtForgeError] = ConfigError) -> Iterator[tuple[str, torch.Tensor]]:
     """Path and tensor of every tensor in `value`, in order; the path of a bare tensor is "".
 
     Raises:
-        TrtForgeError: `value` holds an object that is neither a tensor, a constant, a container, nor a pytree node.
+        TrtForgeError: of the class `error`: `value` holds an object that is neither a tensor, a constant (number, text,
+            None, …), a container, nor a pytree node.
     """
-    yield from _leaves(value, "")
+    yield from _leaves(value, "", error)
 
 
 def name_outputs(result: Any) -> list[tuple[str, torch.Tensor]]:
-    """The tensors in what a module returned, by name."""
+    """The tensors in what a module returned, by name; None and Python numbers are left out.
+
+    Raises:
+        ExportError: an object that holds no known tensors.
+    """
     if isinstance(result, torch.Tensor):
         return [("output", result)]
     named = isinstance(result, Mapping) or dataclasses.is_dataclass(result) or hasattr(result, "_fields")
-    return [(path if named else f"output_{path}", tensor) for path, tensor in tensor_leaves(result)]
+    return [(path if named else f"output_{path}", tensor) for path, tensor in tensor_leaves(result, ExportError)]
 
 
 def bind_call(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
@@ -94,15 +99,15 @@ def bind_call(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str,
     return names
 
 
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _leaves(value: Any, path: str, error: type[TrtForgeError]) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(value, torch.Tensor):
         yield path, value
         return
-    for key, child in _children(value, path):
-        yield from _leaves(child, _join(path, key))
+    for key, child in _children(value, path, error):
+        yield from _leaves(child, _join(path, key), error)
 
 
-def _children(value: Any, path: str) -> list[tuple[str, Any]]:
+def _children(value: Any, path: str = "", error: type[TrtForgeError] = ConfigError) -> list[tuple[str, Any]]:
     if isinstance(value, _CONSTANTS):
         return []
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -115,9 +120,11 @@ def _children(value: Any, path: str) -> list[tuple[str, Any]]:
         return [(str(index), child) for index, child in enumerate(value)]
     node = _pytree.SUPPORTED_NODES.get(type(value))
     if node is None:
-        raise TrtForgeError(
-            f"{path or 'the value'} is a {type(value).__module__}.{type(value).__qualname__}, which holds no known tensors",
-            fix="pass and return tensors in dicts, lists, tuples or dataclasses, or register the type with torch's pytree",
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise error(
+            f"{path or 'the value'} is a {kind}, which holds no known tensors",
+            fix="pass and return tensors in dicts, lists, tuples or dataclasses, or register the type with torch's "
+            "pytree (torch.export.register_dataclass)",
         )
     return [(str(index), child) for index, child in enumerate(node.flatten_fn(value)[0])]
 
@@ -127,7 +134,7 @@ def _replace_tensors(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
         return next(tensors)
     if isinstance(value, _CONSTANTS):
         return value
-    changed = [(key, _replace_tensors(child, tensors)) for key, child in _children(value, "")]
+    changed = [(key, _replace_tensors(child, tensors)) for key, child in _children(value)]
     return _rebuild(value, [child for _, child in changed])
 
 

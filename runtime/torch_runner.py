@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from trtforge.runtime.errors import ParityError
+from trtforge.runtime.errors import ExportError, ParityError, TrtForgeError
 from trtforge.runtime.runner import Array, Tensors
 from trtforge.runtime.specs import TensorSpec
 
@@ -24,7 +24,8 @@ class TorchRunner:
 
     Args:
         module: Put into eval mode while it runs, and back afterwards.
-        call: Runs it on tensors, one argument each, in the order of `inputs`, and returns tensors in the order of `outputs`.
+        call: Runs it on tensors, one argument each, in the order of `inputs`, and returns tensors in that of
+            `outputs`.
         inputs: What it takes.
         outputs: What it returns.
     """
@@ -57,19 +58,33 @@ class TorchRunner:
         """Outputs by name.
 
         Raises:
+            ExportError: the module itself fails on these inputs; its own error is the cause.
             ParityError: the module returned another number of tensors than it has outputs.
             KeyError: an input that `feeds` lacks.
         """
         device = next((t.device for t in (*self._module.parameters(), *self._module.buffers())), torch.device("cpu"))
         tensors = [to_torch(feeds[spec.name]).to(device) for spec in self._inputs]
         with evaluation(self._module), _exact(device), torch.inference_mode():
-            results = self._call(*tensors)
+            results = self._run(tensors)
         if len(results) != len(self._outputs):
             raise ParityError(
                 f"the module returned {len(results)} tensors, the exported graph has {len(self._outputs)} outputs",
                 why="what it returns depends on its inputs' values or sizes",
             )
         return {spec.name: from_torch(tensor) for spec, tensor in zip(self._outputs, results, strict=True)}
+
+    def _run(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        try:
+            return self._call(*tensors)
+        except TrtForgeError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the user's own code runs here and may raise anything
+            sizes = ", ".join(f"{s.name} {list(t.shape)}" for s, t in zip(self._inputs, tensors, strict=True))
+            raise ExportError(
+                f"the PyTorch model itself fails on inputs of sizes {sizes}: {type(error).__name__}: {error}",
+                why="every size in the range of `dims` must work, and so must values from `values`",
+                fix="narrow the range of the dimension, or give `values` that are legal (ids below the table's rows)",
+            ) from error
 
 
 def to_torch(array: Array) -> torch.Tensor:
@@ -103,10 +118,10 @@ def evaluation(module: torch.nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _exact(device: torch.device) -> Iterator[None]:
     # The older `allow_tf32` flags raise once anyone has set one of these, which torch has from 2.9 on.
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
-    backends += [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn]
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    backends = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
     before = [backend.fp32_precision for backend in backends]
-    cudnn = torch.backends.cudnn
     benchmark, deterministic = cudnn.benchmark, cudnn.deterministic
     for backend in backends:
         backend.fp32_precision = "ieee"

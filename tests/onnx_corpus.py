@@ -1,6 +1,6 @@
 """Small ONNX models that every graph pass must survive: `for case in CORPUS`, each with inputs to run it on.
 
-A pass over the corpus must keep it checker valid, keep ids and interface, keep onnxruntime's results, and be idempotent.
+A pass over the corpus must keep it checker valid, keep ids, interface and onnxruntime's results, and be idempotent.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _weights(seed: int, **shapes: tuple[int, ...]) -> Arrays:
 def _model(
     text: str, *, opset: int = 20, weights: Mapping[str, Any] | None = None, ir_version: int = 9, unnamed: bool = False
 ) -> onnx.ModelProto:
-    """Parses `graph (inputs) => (outputs) { … }` and adds initializers; nodes are called `n0`, `n1`, … in each graph."""
+    """Parses `graph (inputs) => (outputs) { … }`, adds initializers and calls nodes `n0`, `n1`, … in each graph."""
     model = onnx.parser.parse_model(f'<ir_version: {ir_version}, opset_import: ["" : {opset}, "local" : 1]>\n{text}')
     for name, array in (weights or {}).items():
         model.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))

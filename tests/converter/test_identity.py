@@ -12,7 +12,7 @@ from torch import nn
 from trtforge.converter.cleanup import clean
 from trtforge.converter.example import example_from_inputs
 from trtforge.converter.export import export_module
-from trtforge.converter.identity import identify, user_line
+from trtforge.converter.identity import identify
 from trtforge.runtime.graph import META_LINE, META_MODULE, all_graphs, graph_hash, load_graph, node_refs
 
 
@@ -150,22 +150,3 @@ def test_branches_of_cond_have_ids_too(export: Export) -> None:
 
 def test_a_bare_layer_as_the_model_has_the_empty_path(export: Export) -> None:
     assert [node.name for node in nodes_of(export(nn.Linear(4, 4), torch.ones(2, 4)))] == ["/Gemm#0"]
-
-
-@pytest.mark.parametrize(
-    ("trace", "line"),
-    [
-        ("", ""),
-        ('File "/home/u/net.py", line 3, in forward\n    x', "u/net.py:3"),
-        (
-            'File "/home/u/net.py", line 3, in forward\n File "/x/site-packages/torch/nn/a.py", line 9, in forward',
-            "u/net.py:3",
-        ),
-        (
-            'File "/x/site-packages/timm/vit.py", line 7, in f\n File "/x/site-packages/torch/nn/a.py", line 9, in f',
-            "timm/vit.py:7",
-        ),
-    ],
-)
-def test_user_line(trace: str, line: str) -> None:
-    assert user_line(trace) == line
