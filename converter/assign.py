@@ -237,6 +237,8 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
         return ir.tensor(np.float32(producer.attributes["value_float"].as_float()))
     if "value_floats" in producer.attributes:
         return ir.tensor(np.array(producer.attributes["value_floats"].as_floats(), np.float32))
+    if "value_ints" in producer.attributes:
+        return ir.tensor(np.array(producer.attributes["value_ints"].as_ints(), np.int64))
     return None
 
 

@@ -34,13 +34,14 @@ class OnnxRuntimeRunner:
     """One onnxruntime session.
 
     Args:
-        model: The `.onnx` file, or a serialised model that has no external data.
+        model: The `.onnx` file, or a serialised model.
         disable_quant_qdq: Keep Q/DQ pairs as they are written instead of fusing them into integer kernels: the
             fake-quantized values that a TensorRT engine is compared with.
         optimize: False runs the graph as it is written, node by node.
         extra_outputs: Names of tensors of the main graph that `run` returns as well.
         threads: Threads inside one operator; None leaves it to onnxruntime (the physical cores).
         provider: "cpu", or "cuda" for onnxruntime's CUDA provider with TF32 switched off.
+        data_folder: Where a serialised model's external data lies.
 
     Raises:
         MissingDependencyError: onnxruntime, or the CUDA provider that was asked for, is not installed.
@@ -58,6 +59,7 @@ class OnnxRuntimeRunner:
         extra_outputs: Sequence[str] = (),
         threads: int | None = None,
         provider: str = "cpu",
+        data_folder: Path | None = None,
     ) -> None:
         ort = _import_onnxruntime()
         self._ort = ort
@@ -76,9 +78,10 @@ class OnnxRuntimeRunner:
         source: str | bytes = model if isinstance(model, bytes) else str(model)
         if extra_outputs:
             source = _add_outputs(model, extra_outputs)
-            if isinstance(model, Path):
-                folder = str(model.resolve().parent)
-                options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+            data_folder = model.parent if isinstance(model, Path) else data_folder
+        if data_folder is not None:
+            folder = str(data_folder.resolve())
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
             self._session = ort.InferenceSession(
                 source, options, providers=_providers(ort, provider), disabled_optimizers=disabled

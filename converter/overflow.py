@@ -1,0 +1,204 @@
+"""Finds what float16 cannot hold: measures the float graph and keeps the nodes concerned in fp32, with the value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from trtforge.converter.assign import Decision, assign, constant_tensor, largest_value
+from trtforge.converter.dataflow import find_masks
+from trtforge.converter.probes import Kind, Probe, measure
+from trtforge.converter.types import infer_types
+from trtforge.runtime.graph import OnnxModel, load_graph
+from trtforge.runtime.precision import PrecisionPlan, Rule
+from trtforge.runtime.runner import Tensors
+
+__all__ = ["MARGIN", "overflow_rules"]
+
+MARGIN = 2.0
+"""A node stays in fp32 from 1/MARGIN of fp16's range on: real inputs reach farther than the samples do."""
+
+_LIMIT = largest_value(ir.DataType.FLOAT16)
+_SMALLEST_NORMAL = 2.0**-14
+
+# The same elements come out as went in, so they need no probe of their own.
+_SAME = frozenset(
+    {"DepthToSpace", "Flatten", "Identity", "Reshape", "SpaceToDepth", "Squeeze", "Transpose", "Unsqueeze"}
+)
+# What comes out is at most 1.
+_BOUNDED = frozenset({"Cos", "Erf", "HardSigmoid", "Sigmoid", "Sign", "Sin", "Softmax", "Softsign", "Tanh"})
+
+
+@dataclass(frozen=True)
+class _Check:
+    """One thing that can overflow in a node: measured numbers, the size they imply, how large it may be, and a name."""
+
+    node: ir.Node
+    probes: tuple[Probe, ...]
+    size: Callable[..., float]
+    what: str
+    limit: float = _LIMIT
+
+    def reason(self, size: float) -> str:
+        return f"{self.what} reaches {size:.6g} on the samples, fp16 ends at {self.limit:.6g}"
+
+
+def overflow_rules(
+    model: OnnxModel | ir.Model, feeds: Iterable[Tensors], plan: PrecisionPlan, *, margin: float = MARGIN
+) -> tuple[Rule, ...]:
+    """Rules that keep in fp32 every fp16 node which would overflow, or come near it, on these samples.
+
+    Looked at are each node's inputs and outputs, and what it forms inside: the squares of LayerNormalization,
+    InstanceNormalization, GroupNormalization and RMSNormalization, the sums of ReduceL2, ReduceMean, LpNormalization,
+    GlobalAveragePool and ReduceLogSumExp, the probabilities of LogSoftmax (which vanish), and a bound on the scores of
+    Attention (the product of the largest row norms of Q and K). Very negative values that only mean "masked" don't
+    count, nor do infinities: float16 has those. Weights beyond the range need no samples: `assign` keeps their nodes.
+
+    Args:
+        model: The float reference.
+        feeds: Inputs by name, one mapping a sample.
+        plan: The plan; nothing is measured where no node runs in fp16.
+        margin: By how much real inputs may exceed the samples.
+
+    Returns:
+        One rule by id per node, in order of execution, origin "overflow", the measured value in its reason.
+
+    Raises:
+        ConfigError: as `PrecisionPlan.resolve`, or where a sample does not fit the graph's inputs.
+    """
+    graph = load_graph(model.path) if isinstance(model, OnnxModel) else model.clone()
+    folder = model.path.parent if isinstance(model, OnnxModel) else None
+    infer_types(graph)
+    decisions = assign(graph, plan, graph=model.hash if isinstance(model, OnnxModel) else None)
+    masks = find_masks(graph)
+    checks = [check for node, decision in decisions.items() for check in _checks(node, decision, masks)]
+    samples = list(feeds)
+    if not checks or not samples:
+        return ()
+    seen = _measure_finite(graph, [probe for check in checks for probe in check.probes], samples, folder)
+    reasons: dict[ir.Node, str] = {}
+    for check in checks:
+        numbers = [seen.get(probe, -math.inf) for probe in check.probes]
+        if check.node in reasons or not all(map(math.isfinite, numbers)):
+            continue
+        size = check.size(*numbers)
+        if size * margin > check.limit:
+            reasons[check.node] = check.reason(size)
+    return tuple(Rule("fp32", id=node.name or "", origin="overflow", reason=reason) for node, reason in reasons.items())
+
+
+def _measure_finite(
+    graph: ir.Model, probes: list[Probe], samples: list[Tensors], folder: Path | None
+) -> dict[Probe, float]:
+    seen = measure(graph, probes, samples, data_folder=folder)
+    infinite = [probe for probe, number in seen.items() if number == math.inf]
+    if infinite:
+        seen |= measure(graph, infinite, samples, finite=True, data_folder=folder)
+    return seen
+
+
+def _checks(node: ir.Node, decision: Decision, masks: set[ir.Value]) -> Iterator[_Check]:
+    if decision.dtype != ir.DataType.FLOAT16:
+        return
+    slots = [("input", node.inputs[slot]) for slot in sorted(decision.inputs)]
+    if node.op_type not in _BOUNDED:
+        slots += [("output", node.outputs[slot]) for slot in sorted(decision.outputs)]
+    for side, value in slots:
+        probe = _magnitude(value, masks) if value is not None else None
+        if value is not None and probe is not None:
+            yield _Check(node, (probe,), _itself, f"its {side} {value.name}")
+    if node.domain == "":
+        yield from _inside(node)
+
+
+def _magnitude(value: ir.Value, masks: set[ir.Value]) -> Probe | None:
+    """What to measure for a tensor; None for constants, whose size `assign` looks at."""
+    kind: Kind = "max" if value in masks else "abs"
+    producer = value.producer()
+    while (
+        producer is not None and producer.domain == "" and producer.op_type in _SAME and producer.inputs[0] is not None
+    ):
+        value = producer.inputs[0]
+        producer = value.producer()
+    constant = constant_tensor(value) is not None or (producer is not None and producer.op_type == "ConstantOfShape")
+    return None if constant else Probe(value, kind)
+
+
+def _itself(number: float) -> float:
+    return number
+
+
+def _square(number: float) -> float:
+    return number * number
+
+
+def _exponential(number: float) -> float:
+    return math.exp(min(number, 700.0))
+
+
+def _inside(node: ir.Node) -> Iterator[_Check]:
+    """What the node forms between its inputs and its outputs, as TensorRT's parser takes it apart."""
+    source = node.inputs[0] if node.inputs else None
+    if source is None or constant_tensor(source) is not None:
+        return
+    rank = len(source.shape) if source.shape is not None else 0
+    match node.op_type:
+        case "LayerNormalization" if rank:
+            first = _int(node, "axis", -1) % rank
+            centred = Probe(source, "centred", tuple(range(first, rank)))
+            yield _Check(node, (centred,), _square, "the square of its centred input")
+        case "InstanceNormalization" if rank > 2:
+            yield _Check(
+                node, (Probe(source, "centred", tuple(range(2, rank))),), _square, "the square of its centred input"
+            )
+        case "GroupNormalization" | "RMSNormalization" | "LayerNormalization" | "InstanceNormalization":
+            yield _Check(node, (Probe(source),), _square, "the square of its input")
+        case "LpNormalization":
+            yield _Check(node, (Probe(source, "norm"),), _square, "the sum of squares of its input")
+        case "ReduceL2":
+            yield _Check(node, (Probe(node.outputs[0]),), _square, "the sum of squares of its input")
+        case "ReduceLogSumExp":
+            yield _Check(node, (Probe(node.outputs[0]),), _exponential, "the sum of its exponentials, or one over it,")
+        case "LogSoftmax":
+            # A probability below fp16's smallest normal number loses its digits, then becomes 0 and its logarithm -inf.
+            smallest = Probe(node.outputs[0])
+            yield _Check(node, (smallest,), _exponential, "one over its smallest probability", 1 / _SMALLEST_NORMAL)
+        case "GlobalAveragePool" if rank > 2:
+            yield _Check(node, (Probe(source, "sum", tuple(range(2, rank))),), _itself, "the sum of its input")
+        case "ReduceMean" if axes := _reduced_axes(node, rank):
+            yield _Check(node, (Probe(source, "sum", axes),), _itself, "the sum of its input")
+        case "Attention":
+            yield from _scores(node)
+
+
+def _scores(node: ir.Node) -> Iterator[_Check]:
+    query, key = node.inputs[0], node.inputs[1]
+    if query is None or key is None or constant_tensor(query) is not None or constant_tensor(key) is not None:
+        return
+    size = query.shape[-1] if query.shape is not None else 1
+    heads = _int(node, "q_num_heads", 1)
+    scale = (heads / size) ** 0.5 if isinstance(size, int) else 1.0
+    if "scale" in node.attributes:
+        scale = node.attributes["scale"].as_float()
+
+    def bound(rows: float, columns: float) -> float:
+        return rows * columns * scale
+
+    yield _Check(node, (Probe(query, "norm"), Probe(key, "norm")), bound, "a bound on its scores")
+
+
+def _reduced_axes(node: ir.Node, rank: int) -> tuple[int, ...]:
+    if "axes" in node.attributes:
+        return tuple(node.attributes["axes"].as_ints())
+    tensor = constant_tensor(node.inputs[1]) if len(node.inputs) > 1 else None
+    if tensor is not None:
+        return tuple(int(axis) for axis in tensor.numpy().reshape(-1))
+    return tuple(range(rank)) if len(node.inputs) < 2 or node.inputs[1] is None else ()
+
+
+def _int(node: ir.Node, name: str, default: int) -> int:
+    return node.attributes[name].as_int() if name in node.attributes else default
