@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from trtforge.converter.dims import fix_static, merge_profiles
 from trtforge.converter.signature import ExampleInputs, bind_call, tensor_leaves
 from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.inputs import make_inputs
@@ -16,31 +16,12 @@ from trtforge.runtime.specs import DTYPES, DimRange, InputSpec, Profile, ValueRa
 from trtforge.runtime.suggest import nearest
 from trtforge.runtime.torch_runner import to_torch
 
-__all__ = ["example_from_inputs", "example_from_specs", "merge_profiles"]
+__all__ = ["example_from_inputs", "example_from_specs"]
 
 ShapeLike = Sequence[int | str | None]
 """Sizes and dimension names; None leaves an axis as the example has it."""
 
 _SEED = 0
-
-
-def merge_profiles(profiles: Sequence[Profile]) -> dict[str, DimRange]:
-    """For each dimension the range that covers it in every profile; `opt` is the first profile's.
-
-    Raises:
-        ConfigError: a dimension that is in one profile and not in another.
-    """
-    merged: dict[str, DimRange] = {}
-    for number, profile in enumerate(profiles):
-        for name in set(profiles[0]) ^ set(profile):
-            raise ConfigError(
-                f"dimension {name!r} is not in every profile (see profile {number})",
-                fix="give each profile a range for every dimension",
-            )
-        for name, dim in profile.items():
-            first = merged.get(name, dim)
-            merged[name] = DimRange(min(first.min, dim.min), first.opt, max(first.max, dim.max))
-    return merged
 
 
 def example_from_specs(
@@ -59,7 +40,7 @@ def example_from_specs(
             without a range.
     """
     dims = merge_profiles(profiles)
-    fixed = _fix_static(specs, dims)
+    fixed = fix_static(specs, dims)
     arrays = make_inputs(fixed, _example_sizes(dims), _SEED)
     device = _device(module)
     tree: dict[str, Any] = {}
@@ -127,14 +108,6 @@ def example_from_inputs(
     call = ExampleInputs(tuple(args), kwargs, specs)
     new_args, new_kwargs = call.bind(grown)
     return ExampleInputs(new_args, new_kwargs, specs)
-
-
-def _fix_static(specs: Iterable[InputSpec], dims: Mapping[str, DimRange]) -> list[InputSpec]:
-    static = {name: dim.max for name, dim in dims.items() if dim.min == dim.max}
-    return [
-        replace(spec, shape=tuple(static.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.shape))
-        for spec in specs
-    ]
 
 
 def _example_sizes(dims: Mapping[str, DimRange]) -> dict[str, int]:

@@ -18,12 +18,12 @@ import torch
 from onnx_ir.passes.common import OutputFixPass
 
 from trtforge.converter.cleanup import clean
-from trtforge.converter.example import merge_profiles
+from trtforge.converter.dims import merge_profiles, rename_dims
 from trtforge.converter.export_errors import explain_capture, explain_translation, frozen_dimension
 from trtforge.converter.guards import find_guards
 from trtforge.converter.identity import WRAPPER, identify
 from trtforge.converter.signature import ExampleInputs, name_outputs
-from trtforge.converter.values import all_values, name_values
+from trtforge.converter.values import name_values
 from trtforge.runtime.errors import ConfigError, ExportError, TrtForgeError
 from trtforge.runtime.graph import OnnxModel, save_graph
 from trtforge.runtime.specs import DimRange, Profile
@@ -265,25 +265,11 @@ def _name_values(model: ir.Model, example: ExampleInputs, outputs: Sequence[str]
 
 
 def _name_dims(model: ir.Model, example: ExampleInputs) -> None:
-    symbols: dict[str, str] = {}
+    names: dict[str, str | int] = {}
     for value, spec in zip(model.graph.inputs, example.specs, strict=True):
         for axis, (wanted, found) in enumerate(zip(spec.shape, value.shape or (), strict=True)):
             if isinstance(wanted, str) and isinstance(found, int):
                 raise frozen_dimension(wanted, found, place=f" in input {spec.name!r}, axis {axis}")
             if isinstance(wanted, str) and isinstance(found, ir.SymbolicDim) and found.value is not None:
-                symbols[str(found.value)] = wanted
-    pattern = re.compile(r"\b(" + "|".join(map(re.escape, symbols)) + r")\b")
-    if not symbols:
-        return
-    for value in all_values(model):
-        if value.shape is not None:
-            value.shape = ir.Shape(
-                [
-                    dim if isinstance(dim, int) or dim.value is None else pattern.sub(_lookup(symbols), str(dim.value))
-                    for dim in value.shape
-                ]
-            )
-
-
-def _lookup(symbols: Mapping[str, str]) -> Callable[[re.Match[str]], str]:
-    return lambda match: symbols[match.group()]
+                names[str(found.value)] = wanted
+    rename_dims(model, names)

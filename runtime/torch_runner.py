@@ -78,7 +78,7 @@ class TorchRunner:
             return self._call(*tensors)
         except TrtForgeError:
             raise
-        except Exception as error:  # noqa: BLE001 - the user's own code runs here and may raise anything
+        except Exception as error:
             sizes = ", ".join(f"{s.name} {list(t.shape)}" for s, t in zip(self._inputs, tensors, strict=True))
             raise ExportError(
                 f"the PyTorch model itself fails on inputs of sizes {sizes}: {type(error).__name__}: {error}",

@@ -1,0 +1,251 @@
+"""ONNX models from elsewhere: checked, at a usable opset, with the user's dimension names, cleaned and with ids."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx.version_converter
+import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx_ir.passes.common import ShapeInferencePass
+
+from trtforge.converter.cleanup import clean
+from trtforge.converter.dims import fix_static, merge_profiles, rename_dims
+from trtforge.converter.identity import identify
+from trtforge.runtime.errors import ConfigError, ExportError
+from trtforge.runtime.graph import OnnxModel, dtype_name, save_graph
+from trtforge.runtime.specs import DTYPES, InputSpec, Profile
+from trtforge.runtime.suggest import nearest
+
+__all__ = ["Imported", "import_onnx"]
+
+_LEAST_OPSET = 13
+"""Explicit quantization per channel and axes as inputs begin here; older graphs are always converted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """The cleaned model, and a spec of each of its inputs."""
+
+    model: OnnxModel
+    specs: tuple[InputSpec, ...]
+
+
+def import_onnx(
+    path: Path, *, profiles: Sequence[Profile] = (), inputs: Sequence[InputSpec] = (), opset: int | None, folder: Path
+) -> Imported:
+    """Reads an ONNX file and writes it, fit for the rest of the chain, to `folder/reference.onnx`.
+
+    Args:
+        path: With external data beside it where it has some.
+        profiles: Ranges of the dynamic dimensions.
+        inputs: Names for the dimensions of inputs, by the inputs' names in the file. Inputs left out keep the names
+            that the file gives their dimensions.
+        opset: Graphs below it are converted to it; None leaves those from 13 on as they are.
+        folder: An existing folder.
+
+    Raises:
+        ExportError: the file is missing, corrupt, invalid or cannot be converted, or an axis has one size where a
+            dynamic dimension was asked for.
+        ConfigError: an input that the file lacks, another rank or dtype than it has, a rank or a dimension's name that
+            neither side gives, or a dimension without a range.
+    """
+    proto = _convert(_read(path, inputs), opset or _LEAST_OPSET)
+    model = ir.from_proto(proto)
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    specs = _match_inputs(model, inputs, profiles)
+    clean(model)
+    ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    identify(model)
+    return Imported(save_graph(model, folder / "reference.onnx"), specs)
+
+
+def _read(path: Path, inputs: Sequence[InputSpec]) -> onnx.ModelProto:
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except FileNotFoundError:
+        raise ExportError(f"there is no file {path}", fix="correct `source.onnx`") from None
+    except (OSError, DecodeError) as error:
+        raise ExportError(
+            f"{path} cannot be read as an ONNX model: {error}",
+            why="the file is damaged, incomplete (an interrupted download, a Git LFS pointer), or no ONNX",
+        ) from error
+    if not proto.graph.node and not proto.graph.output:
+        raise ExportError(f"{path} holds no ONNX graph", why="the file is empty, incomplete, or no ONNX")
+    _check_external_data(proto, path)
+    completed = _complete_ranks(proto, inputs)
+    try:
+        if completed:
+            onnx.load_external_data_for_model(proto, str(path.parent))
+        onnx.checker.check_model(proto if completed else path)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"{path} is not valid ONNX: {_first_line(error)}", fix="export it again") from error
+    return proto
+
+
+def _complete_ranks(proto: onnx.ModelProto, inputs: Sequence[InputSpec]) -> bool:
+    """Gives inputs without a shape the one in their spec; TensorRT would make scalars of them. Whether there were any."""
+    shapes = {spec.name: spec.shape for spec in inputs}
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    lacking = [
+        value
+        for value in proto.graph.input
+        if value.name not in weights
+        and value.type.HasField("tensor_type")
+        and not value.type.tensor_type.HasField("shape")
+    ]
+    for value in lacking:
+        if value.name not in shapes:
+            raise ConfigError(
+                f"input {value.name!r} has no rank in the file", fix=f"give `{value.name}` a `shape` under `inputs`"
+            )
+        element = value.type.tensor_type.elem_type
+        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, element, shapes[value.name]))
+    return bool(lacking)
+
+
+def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
+    """A truncated file of weights is read by TensorRT-RTX 1.6 without a word."""
+    for tensor in _tensors(proto.graph):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        file = path.parent / where.get("location", "")
+        if not file.is_file():
+            raise ExportError(
+                f"{path} keeps the weight {tensor.name!r} in {file}, which does not exist",
+                fix="copy the data file to where the .onnx file is",
+            )
+        width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        needed = int(where.get("offset", 0)) + int(where.get("length", width * math.prod(tensor.dims)))
+        if file.stat().st_size < needed:
+            raise ExportError(
+                f"{file} has {file.stat().st_size} bytes, the weight {tensor.name!r} ends at byte {needed}",
+                why="the file is incomplete or belongs to another model",
+                fix="copy it again",
+            )
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            for body in (attribute.g, *attribute.graphs):
+                yield from _tensors(body)
+
+
+def _convert(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """To an opset by onnx's own converter: exact in our trials, where onnxscript's is wrong without a word below 18."""
+    current = next((item.version for item in proto.opset_import if item.domain in ("", "ai.onnx")), 0)
+    if current == 0 or current >= opset:
+        return proto
+    try:
+        converted = onnx.version_converter.convert_version(proto, opset)
+    except RuntimeError as error:
+        if current >= _LEAST_OPSET:
+            return proto
+        raise ExportError(
+            f"the model's opset {current} cannot be converted to {opset}: {_first_line(error)}",
+            why=f"below opset {_LEAST_OPSET} graphs are converted first",
+            fix=f"export it again at opset {_LEAST_OPSET} or later",
+        ) from error
+    _copy_names(proto.graph, converted.graph)
+    return converted
+
+
+def _copy_names(old: onnx.GraphProto, new: onnx.GraphProto) -> None:
+    """The converter drops the names of nodes, not those of values."""
+    names = {value: node.name for node in old.node for value in node.output if value}
+    bodies = {value: node for node in old.node for value in node.output if value}
+    for node in new.node:
+        first = next((value for value in node.output if value in names), None)
+        if first is None:
+            continue
+        if not node.name:
+            node.name = names[first]
+        source = {attribute.name: attribute for attribute in bodies[first].attribute}
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH and attribute.name in source:
+                _copy_names(source[attribute.name].g, attribute.g)
+
+
+def _match_inputs(model: ir.Model, wanted: Sequence[InputSpec], profiles: Sequence[Profile]) -> tuple[InputSpec, ...]:
+    values = {str(value.name): value for value in model.graph.inputs if not value.is_initializer()}
+    for spec in wanted:
+        if spec.name not in values:
+            raise ConfigError(f"the model has no input {spec.name!r}", fix=nearest(spec.name, values))
+    given = {spec.name: spec for spec in wanted}
+    dims = merge_profiles(profiles)
+    renamed: dict[str, str | int] = {}
+    specs: list[InputSpec] = []
+    for name, value in values.items():
+        spec = _spec_of(value, given.get(name))
+        for axis, (theirs, ours) in enumerate(zip(value.shape or spec.shape, spec.shape, strict=True)):
+            _match_axis(name, axis, theirs, ours, renamed)
+            if isinstance(ours, str) and ours not in dims:
+                raise ConfigError(
+                    f"input {name!r}: dimension {ours!r} (axis {axis}) has no range",
+                    fix=f"add `{ours}: [min, opt, max]` to `dims`, or give the input a `shape` without it",
+                )
+        specs.append(spec)
+    fixed = fix_static(specs, dims)
+    rename_dims(model, renamed | {name: dim.max for name, dim in dims.items() if dim.min == dim.max})
+    for spec in fixed:
+        values[spec.name].shape = ir.Shape(spec.shape)
+    return tuple(fixed)
+
+
+def _spec_of(value: ir.Value, given: InputSpec | None) -> InputSpec:
+    name, dtype = str(value.name), dtype_name(value.dtype)
+    if dtype not in DTYPES:
+        raise ExportError(f"input {name!r} is {dtype}", why=f"an engine takes {', '.join(DTYPES)}")
+    if given is not None:
+        if given.dtype != dtype:
+            raise ConfigError(f"input {name!r} is {dtype} in the model and {given.dtype} under `inputs`")
+        if value.shape is not None and len(value.shape) != len(given.shape):
+            raise ConfigError(
+                f"input {name!r} has {len(value.shape)} axes in the model, {list(given.shape)} under `inputs`"
+            )
+        return given
+    shape: list[int | str] = []
+    for axis, dim in enumerate(value.shape or ()):
+        if isinstance(dim, ir.SymbolicDim) and (dim.value is None or re.match(r"unk__\d+$", str(dim.value))):
+            raise ConfigError(
+                f"input {name!r}: axis {axis} is dynamic and has no name in the file",
+                fix=f"give `{name}` a `shape` under `inputs`, with a name that `dims` has a range for",
+            )
+        shape.append(dim if isinstance(dim, int) else str(dim.value))
+    return InputSpec(name, dtype, tuple(shape))
+
+
+def _match_axis(name: str, axis: int, theirs: object, ours: int | str, renamed: dict[str, str | int]) -> None:
+    if isinstance(theirs, int):
+        if isinstance(ours, str):
+            raise ExportError(
+                f"dimension {ours!r} froze at {theirs}: axis {axis} of input {name!r} has that size in the file",
+                fix=f"export the model again with a dynamic axis, or write {theirs} in place of {ours!r}",
+            )
+        if theirs != ours:
+            raise ConfigError(f"input {name!r}: axis {axis} is {theirs} in the model and {ours} under `inputs`")
+        return
+    symbol = theirs.value if isinstance(theirs, ir.SymbolicDim) else None
+    if symbol is None:
+        return
+    if renamed.setdefault(str(symbol), ours) != ours:
+        raise ConfigError(
+            f"input {name!r}: axis {axis} is called {ours!r}, and the model's {str(symbol)!r}, which it is, elsewhere "
+            f"{renamed[str(symbol)]!r}",
+            fix="give the dimension one name wherever it occurs",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
