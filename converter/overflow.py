@@ -25,10 +25,13 @@ MARGIN = 2.0
 _LIMIT = largest_value(ir.DataType.FLOAT16)
 _SMALLEST_NORMAL = 2.0**-14
 
-# The same elements come out as went in, so they need no probe of their own.
-_SAME = frozenset(
-    {"DepthToSpace", "Flatten", "Identity", "Reshape", "SpaceToDepth", "Squeeze", "Transpose", "Unsqueeze"}
-)
+# Nothing comes out that is larger than what went in at these slots: their outputs need no probe of their own.
+_BOUNDED_BY: dict[str, tuple[int, ...] | None] = {
+    "Concat": None, "DepthToSpace": (0,), "Expand": (0,), "Flatten": (0,), "Gather": (0,), "GatherElements": (0,),
+    "GatherND": (0,), "Identity": (0,), "MaxPool": (0,), "Pad": (0, 2), "Relu": (0,), "Reshape": (0,),
+    "ScatterElements": (0, 2), "ScatterND": (0, 2), "Slice": (0,), "SpaceToDepth": (0,), "Split": (0,), "Squeeze": (0,),
+    "Tile": (0,), "Transpose": (0,), "Unsqueeze": (0,), "Where": (1, 2),
+}  # fmt: skip
 # What comes out is at most 1.
 _BOUNDED = frozenset({"Cos", "Erf", "HardSigmoid", "Sigmoid", "Sign", "Sin", "Softmax", "Softsign", "Tanh"})
 
@@ -39,7 +42,7 @@ class _Check:
 
     node: ir.Node
     probes: tuple[Probe, ...]
-    size: Callable[..., float]
+    size: Callable[[list[float]], float]
     what: str
     limit: float = _LIMIT
 
@@ -82,10 +85,10 @@ def overflow_rules(
     seen = _measure_finite(graph, [probe for check in checks for probe in check.probes], samples, folder)
     reasons: dict[ir.Node, str] = {}
     for check in checks:
-        numbers = [seen.get(probe, -math.inf) for probe in check.probes]
-        if check.node in reasons or not all(map(math.isfinite, numbers)):
+        numbers = [seen[probe] for probe in check.probes if math.isfinite(seen.get(probe, math.inf))]
+        if check.node in reasons or not numbers or (check.size is not max and len(numbers) < len(check.probes)):
             continue
-        size = check.size(*numbers)
+        size = check.size(numbers)
         if size * margin > check.limit:
             reasons[check.node] = check.reason(size)
     return tuple(Rule("fp32", id=node.name or "", origin="overflow", reason=reason) for node, reason in reasons.items())
@@ -108,36 +111,38 @@ def _checks(node: ir.Node, decision: Decision, masks: set[ir.Value]) -> Iterator
     if node.op_type not in _BOUNDED:
         slots += [("output", node.outputs[slot]) for slot in sorted(decision.outputs)]
     for side, value in slots:
-        probe = _magnitude(value, masks) if value is not None else None
-        if value is not None and probe is not None:
-            yield _Check(node, (probe,), _itself, f"its {side} {value.name}")
+        probes = tuple(_magnitude(value, masks)) if value is not None else ()
+        if value is not None and probes:
+            yield _Check(node, probes, max, f"its {side} {value.name}")
     if node.domain == "":
         yield from _inside(node)
 
 
-def _magnitude(value: ir.Value, masks: set[ir.Value]) -> Probe | None:
-    """What to measure for a tensor; None for constants, whose size `assign` looks at."""
+def _magnitude(value: ir.Value, masks: set[ir.Value]) -> Iterator[Probe]:
+    """What bounds a tensor's elements; nothing for constants, whose size `assign` looks at."""
     kind: Kind = "max" if value in masks else "abs"
-    producer = value.producer()
-    while (
-        producer is not None and producer.domain == "" and producer.op_type in _SAME and producer.inputs[0] is not None
-    ):
-        value = producer.inputs[0]
+    stack, seen = [value], {value}
+    while stack:
+        value = stack.pop()
         producer = value.producer()
-    constant = constant_tensor(value) is not None or (producer is not None and producer.op_type == "ConstantOfShape")
-    return None if constant else Probe(value, kind)
+        if constant_tensor(value) is not None or (producer is not None and producer.op_type == "ConstantOfShape"):
+            continue
+        if producer is None or producer.domain or producer.op_type not in _BOUNDED_BY:
+            yield Probe(value, kind)
+            continue
+        slots = _BOUNDED_BY[producer.op_type]
+        for slot, source in enumerate(producer.inputs):
+            if source is not None and source not in seen and (slots is None or slot in slots):
+                seen.add(source)
+                stack.append(source)
 
 
-def _itself(number: float) -> float:
-    return number
+def _square(numbers: list[float]) -> float:
+    return numbers[0] ** 2
 
 
-def _square(number: float) -> float:
-    return number * number
-
-
-def _exponential(number: float) -> float:
-    return math.exp(min(number, 700.0))
+def _exponential(numbers: list[float]) -> float:
+    return math.exp(min(numbers[0], 700.0))
 
 
 def _inside(node: ir.Node) -> Iterator[_Check]:
@@ -168,9 +173,9 @@ def _inside(node: ir.Node) -> Iterator[_Check]:
             smallest = Probe(node.outputs[0])
             yield _Check(node, (smallest,), _exponential, "one over its smallest probability", 1 / _SMALLEST_NORMAL)
         case "GlobalAveragePool" if rank > 2:
-            yield _Check(node, (Probe(source, "sum", tuple(range(2, rank))),), _itself, "the sum of its input")
+            yield _Check(node, (Probe(source, "sum", tuple(range(2, rank))),), max, "the sum of its input")
         case "ReduceMean" if axes := _reduced_axes(node, rank):
-            yield _Check(node, (Probe(source, "sum", axes),), _itself, "the sum of its input")
+            yield _Check(node, (Probe(source, "sum", axes),), max, "the sum of its input")
         case "Attention":
             yield from _scores(node)
 
@@ -185,8 +190,8 @@ def _scores(node: ir.Node) -> Iterator[_Check]:
     if "scale" in node.attributes:
         scale = node.attributes["scale"].as_float()
 
-    def bound(rows: float, columns: float) -> float:
-        return rows * columns * scale
+    def bound(norms: list[float]) -> float:
+        return norms[0] * norms[1] * scale
 
     yield _Check(node, (Probe(query, "norm"), Probe(key, "norm")), bound, "a bound on its scores")
 
