@@ -89,7 +89,7 @@ def _read(path: Path, inputs: Sequence[InputSpec]) -> onnx.ModelProto:
 
 
 def _complete_ranks(proto: onnx.ModelProto, inputs: Sequence[InputSpec]) -> bool:
-    """Gives inputs without a shape the one in their spec; TensorRT would make scalars of them. Whether there were any."""
+    """Gives inputs without a shape that of their spec (TensorRT would make scalars of them); whether there were any."""
     shapes = {spec.name: spec.shape for spec in inputs}
     weights = {tensor.name for tensor in proto.graph.initializer}
     lacking = [

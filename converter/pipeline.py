@@ -151,7 +151,7 @@ class _Run:
         config, module = self.config, self.loaded.module
         opset = config.target.opset or (self.backend.capabilities.max_opset if self.backend else _PORTABLE_OPSET)
         if module is None:
-            return self._import(opset)
+            return self._import(config.target.opset)
         if self.loaded.example is not None:
             given = self.loaded.example
             example = example_from_inputs(module, given.inputs, profiles=config.profiles, shapes=given.shapes)
@@ -164,7 +164,7 @@ class _Run:
         runner = TorchRunner(module, FlatCall(module, example), reference.inputs, reference.outputs)
         return reference, example.specs, runner
 
-    def _import(self, opset: int) -> tuple[OnnxModel, tuple[InputSpec, ...], Runner]:
+    def _import(self, opset: int | None) -> tuple[OnnxModel, tuple[InputSpec, ...], Runner]:
         from trtforge.converter.foreign import import_onnx
 
         from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
