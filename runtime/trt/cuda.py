@@ -95,16 +95,26 @@ class Cuda:
             self._call("cuStreamDestroy_v2", self._stream)
             self._stream = ctypes.c_void_p()
 
-    def _call(self, name: str, *args: Any) -> None:
-        code = getattr(self._lib, name)(*args)
+    def check(self, code: int, name: str) -> None:
+        """Judges what the driver's function `name` returned.
+
+        Raises:
+            ArtifactError: `code` is not 0.
+        """
         if code:
-            text = ctypes.c_char_p()
-            self._lib.cuGetErrorString(ctypes.c_int(code), ctypes.byref(text))
-            said = text.value.decode(errors="replace") if text.value else "unknown error"
             raise ArtifactError(
-                f"the GPU's driver refused {name}: {said} (CUDA error {code})",
+                f"the GPU's driver refused {name}: {self.error_text(code)} (CUDA error {code})",
                 fix="free memory of the GPU, or try smaller inputs" if code == 2 else "check the GPU with nvidia-smi",
             )
+
+    def error_text(self, code: int) -> str:
+        """The driver's words for an error."""
+        text = ctypes.c_char_p()
+        self._lib.cuGetErrorString(ctypes.c_int(code), ctypes.byref(text))
+        return text.value.decode(errors="replace") if text.value else "unknown error"
+
+    def _call(self, name: str, *args: Any) -> None:
+        self.check(getattr(self._lib, name)(*args), name)
 
 
 class DeviceBuffer:

@@ -1,0 +1,381 @@
+"""Lanes: each an execution context with the buffers and CUDA graphs that belong to it, for one call at a time.
+
+Knows neither torch nor TensorRT: it works with addresses, sizes in bytes and stream handles. `Session` and `Context`
+are the one seam below it: a test puts a fake there, and everything above runs without a GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from trtforge.runtime.errors import ArtifactError, ConfigError
+from trtforge.runtime.specs import TensorSpec
+
+__all__ = ["Allocate", "Buffer", "Context", "Graph", "Lane", "Lanes", "OnLayer", "Plan", "Session", "Shape"]
+
+Shape = tuple[int, ...]
+
+OnLayer = Callable[[str, float], None]
+"""Receives the name and the time, in ms, of each layer of each run."""
+
+_CAPTURE_ATTEMPTS = 3
+_SIGHTINGS_KEPT = 1024
+_CLOSING_S = 30.0
+
+
+class Graph(Protocol):
+    """One run of a context at fixed addresses and shapes, recorded; its memory is freed with the last reference."""
+
+    def launch(self, stream: int) -> None:
+        """Puts the run on the stream."""
+        ...
+
+
+class Context(Protocol):
+    """One execution context. One thread at a time; several contexts of one session run at once.
+
+    Work that touches the context's memory stands between `begin` and `end`, so that it never overlaps on the GPU with
+    the context's earlier work, whatever the streams. Addresses come in the order of the session's inputs, then outputs.
+    """
+
+    def set_shapes(self, profile: int, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Prepares a run and says the outputs' shapes."""
+        ...
+
+    def run(self, addresses: Sequence[int], stream: int) -> None:
+        """Runs once, in the stream's order; the host does not wait."""
+        ...
+
+    def capture(self, addresses: Sequence[int]) -> Graph | None:
+        """Records a run without running it; the same shapes must have run before. None: not this time."""
+        ...
+
+    def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
+        """Copies memory, in the stream's order."""
+        ...
+
+    def begin(self, stream: int) -> None:
+        """Later work of the stream waits for the context's earlier work."""
+        ...
+
+    def end(self, stream: int) -> None:
+        """What the stream holds so far is the context's work."""
+        ...
+
+    def is_idle(self) -> bool:
+        """Whether the context's work is done."""
+        ...
+
+    def finish(self) -> None:
+        """The host waits for the context's work."""
+        ...
+
+    def close(self) -> None:
+        """Frees it; its work is done."""
+        ...
+
+
+class Session(Protocol):
+    """A loaded engine, from which contexts are made. Thread safe."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def profiles(self) -> tuple[Mapping[str, tuple[Shape, ...]], ...]:
+        """For each optimization profile the min, opt and max shape by input name."""
+        ...
+
+    @property
+    def alignment(self) -> int:
+        """Bytes of which every address must be a multiple."""
+        ...
+
+    def open_context(self, on_layer: OnLayer | None = None) -> Context:
+        """A new context; with `on_layer` each of its runs waits for the GPU and reports its layers."""
+        ...
+
+    def enter_thread(self) -> None:
+        """To be called in each thread before anything else of the session or its contexts."""
+        ...
+
+    def kernels_changed(self) -> None:
+        """Shapes ran for the first time, so that the runtime may have compiled something worth keeping."""
+        ...
+
+    def close(self) -> None:
+        """Frees it; its contexts are closed."""
+        ...
+
+
+class Buffer(Protocol):
+    """Memory of the device."""
+
+    def data_ptr(self) -> int: ...
+
+
+Allocate = Callable[[int], Buffer]
+"""Memory of this many bytes, aligned as TensorRT wants it; freed with the last reference."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """What a call with certain input shapes takes; two of them are the same only if they are one object.
+
+    Attributes:
+        profile: The optimization profile.
+        inputs: Shapes, in order.
+        outputs: Shapes, in order.
+        sizes: Bytes of each input, then of each output.
+    """
+
+    profile: int
+    inputs: tuple[Shape, ...]
+    outputs: tuple[Shape, ...]
+    sizes: tuple[int, ...]
+
+
+class Lane:
+    """A context, its buffers, and a captured graph for each of the shapes that came back. The caller holds `lock`.
+
+    A shape that is seen once runs without a graph, since a capture costs more than it saves then; when it comes again
+    it is captured, and from the third time on replayed. A graph fixes addresses, so callers' tensors are copied to and
+    from buffers of the lane, which grow with the shapes; that drops the graphs, which are captured anew.
+
+    Args:
+        context: Owned by the lane.
+        allocate: Makes the buffers.
+        graph_limit: How many graphs are kept; the one used longest ago goes first.
+    """
+
+    def __init__(self, context: Context, allocate: Allocate, graph_limit: int) -> None:
+        self.lock = threading.Lock()
+        self.context = context
+        self.stream: int | None = None
+        self.closed = False
+        self._allocate = allocate
+        self._graph_limit = graph_limit
+        self._attempts_left = _CAPTURE_ATTEMPTS
+        self._buffers: list[Buffer] = []
+        self._room: list[int] = []
+        self._addresses: tuple[int, ...] = ()
+        self._graphs: OrderedDict[Plan, Graph] = OrderedDict()
+        self._sighted: OrderedDict[Plan, None] = OrderedDict()
+        self._shaped: tuple[int, Sequence[Shape]] | None = None
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs are kept."""
+        return len(self._graphs)
+
+    def output_shapes(self, profile: int, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """What the engine makes of inputs of these shapes."""
+        self._shaped = None
+        shapes = self.context.set_shapes(profile, inputs)
+        self._shaped = (profile, inputs)
+        return shapes
+
+    def call(self, plan: Plan, inputs: Sequence[int], outputs: Sequence[int], stream: int) -> None:
+        """Runs on the contents of `inputs` into `outputs`, both addresses, in the stream's order."""
+        graph = self._graphs.get(plan)
+        if graph is None:
+            self._make_room(plan)
+            self._set_shapes(plan)
+        else:
+            self._graphs.move_to_end(plan)
+        context, sizes, addresses = self.context, plan.sizes, self._addresses
+        first_output = len(inputs)
+        context.begin(stream)
+        try:
+            for source, target, size in zip(inputs, addresses, sizes, strict=False):
+                context.copy(target, source, size, stream)
+            if graph is None:
+                context.run(addresses, stream)
+            else:
+                graph.launch(stream)
+            for target, source, size in zip(outputs, addresses[first_output:], sizes[first_output:], strict=True):
+                context.copy(target, source, size, stream)
+        finally:
+            context.end(stream)
+        if graph is None and self._came_back(plan):
+            self._keep(plan, self._capture(addresses))
+
+    def bind(self, plan: Plan, addresses: Sequence[int], stream: int) -> Graph | None:
+        """Runs once at the caller's addresses and captures that; None where nothing can be captured."""
+        self.run_at(plan, addresses, None, stream)
+        return self._capture(addresses)
+
+    def run_at(self, plan: Plan, addresses: Sequence[int], graph: Graph | None, stream: int) -> None:
+        """Runs at the caller's addresses, by their graph where there is one."""
+        if graph is None:
+            self._set_shapes(plan)
+        self.context.begin(stream)
+        try:
+            if graph is None:
+                self.context.run(addresses, stream)
+            else:
+                graph.launch(stream)
+        finally:
+            self.context.end(stream)
+
+    def close(self) -> None:
+        """Waits for the lane's work and frees everything."""
+        if not self.closed:
+            self.closed = True
+            self.context.finish()
+            self._graphs.clear()
+            self._buffers.clear()
+            self.context.close()
+
+    def _set_shapes(self, plan: Plan) -> None:
+        # Replays leave the context's shapes as they are, so they are known.
+        if self._shaped != (plan.profile, plan.inputs):
+            self.output_shapes(plan.profile, plan.inputs)
+
+    def _make_room(self, plan: Plan) -> None:
+        if self._buffers and all(have >= need for have, need in zip(self._room, plan.sizes, strict=True)):
+            return
+        # The old buffers go back to an allocator that knows nothing of what other streams still do with them.
+        self.context.finish()
+        self._graphs.clear()
+        old = self._room or [0] * len(plan.sizes)
+        # By doubling, so that shapes that grow step by step do not drop the graphs at each step.
+        room = [have if have >= need else max(need, 2 * have, 1) for have, need in zip(old, plan.sizes, strict=True)]
+        self._buffers, self._room, self._addresses = [], [], ()
+        buffers = [self._allocate(size) for size in room]
+        self._buffers, self._room = buffers, room
+        self._addresses = tuple(buffer.data_ptr() for buffer in buffers)
+
+    def _came_back(self, plan: Plan) -> bool:
+        if not self._graph_limit:
+            return False
+        if plan in self._sighted:
+            self._sighted.move_to_end(plan)
+            return True
+        self._sighted[plan] = None
+        if len(self._sighted) > _SIGHTINGS_KEPT:
+            self._sighted.popitem(last=False)
+        return False
+
+    def _capture(self, addresses: Sequence[int]) -> Graph | None:
+        if not self._graph_limit or not self._attempts_left:
+            return None
+        graph = self.context.capture(addresses)
+        if graph is None:
+            self._attempts_left -= 1
+        else:
+            self._attempts_left = _CAPTURE_ATTEMPTS
+        return graph
+
+    def _keep(self, plan: Plan, graph: Graph | None) -> None:
+        if graph is None:
+            return
+        self._graphs[plan] = graph
+        if len(self._graphs) > self._graph_limit:
+            dropped, _ = self._graphs.popitem(last=False)
+            self._sighted.pop(dropped, None)
+
+
+class Lanes:
+    """All lanes of an engine: concurrent callers get different ones, up to a limit; beyond it they take turns.
+
+    Args:
+        open_lane: Makes one more.
+        limit: How many there may be.
+    """
+
+    def __init__(self, open_lane: Callable[[], Lane], limit: int) -> None:
+        self._open_lane = open_lane
+        self._limit = limit
+        self._choosing = threading.Lock()
+        self._opening = False
+        self._closed = False
+        # The first at once: an engine that gives no context should fail when it is loaded.
+        self._lanes: list[Lane] = [open_lane()]
+
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs all lanes keep."""
+        return sum(lane.graphs for lane in self._lanes)
+
+    def acquire(self, stream: int) -> Lane:
+        """A lane for one call on a stream, locked; the caller releases `lock`.
+
+        The lane that this stream used last; else one without work; else a new one; else the one chosen longest ago.
+        Calls on one stream follow each other on the GPU anyway, so they share a lane, whatever threads they come from.
+
+        Raises:
+            ConfigError: the engine was closed.
+        """
+        with self._choosing:
+            lane = self._find(stream)
+            opening = lane is None and not self._opening and len(self._lanes) < self._limit
+            if opening:
+                self._opening = True
+            elif lane is None:
+                lane = self._lanes.pop(0)
+                self._lanes.append(lane)
+            if lane is not None:
+                lane.stream = stream
+        if opening or lane is None:
+            lane = self._open_another(stream)
+        lane.lock.acquire()
+        if lane.closed:
+            lane.lock.release()
+            raise _closed()
+        return lane
+
+    def close(self) -> None:
+        """Waits for all calls and frees everything; further ones are refused."""
+        with self._choosing:
+            self._closed = True
+        for lane in self._lanes:
+            # Not for ever: at the interpreter's exit a daemon thread may hold it for good.
+            if lane.lock.acquire(timeout=_CLOSING_S):
+                try:
+                    lane.close()
+                finally:
+                    lane.lock.release()
+
+    def _find(self, stream: int) -> Lane | None:
+        if self._closed:
+            raise _closed()
+        for lane in self._lanes:
+            if lane.stream == stream:
+                return lane
+        for lane in self._lanes:
+            if not lane.lock.locked() and lane.context.is_idle():
+                return lane
+        return None
+
+    def _open_another(self, stream: int) -> Lane:
+        # Outside `_choosing`: it can take seconds, and other streams' calls go on meanwhile.
+        try:
+            lane = self._open_lane()
+        except ArtifactError:  # memory, most likely: what there is must do
+            with self._choosing:
+                self._limit = len(self._lanes)
+                self._opening = False
+                return self._lanes[0]
+        with self._choosing:
+            self._opening = False
+            if not self._closed:
+                lane.stream = stream
+                self._lanes.append(lane)
+                return lane
+        lane.close()
+        raise _closed()
+
+
+def _closed() -> ConfigError:
+    return ConfigError("the engine was closed", fix="load it again")

@@ -1,0 +1,194 @@
+"""One TensorRT execution context on the GPU, with a stream and events of its own: the `Context` of lanes."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from trtforge.runtime.errors import ArtifactError, ConfigError
+from trtforge.runtime.lanes import Graph, OnLayer, Shape
+from trtforge.runtime.trt.load import OpenEngine
+from trtforge.runtime.trt.streams import CaptureError, Streams
+
+__all__ = ["GpuContext", "attach_profiler"]
+
+_log = logging.getLogger("trtforge.engine")
+
+
+class GpuContext:
+    """See `lanes.Context`.
+
+    The context runs on its own stream, between events, rather than on the caller's: on the default stream TensorRT
+    would wait for the whole device, and nothing can be captured there. Graphs are launched on the caller's.
+
+    Args:
+        opened: The engine.
+        streams: The driver.
+        context: An `IExecutionContext` of it, owned from here on.
+    """
+
+    def __init__(self, opened: OpenEngine, streams: Streams, context: Any) -> None:
+        self._opened = opened
+        self._streams = streams
+        self._context = context
+        self._names = [spec.name for spec in (*opened.inputs, *opened.outputs)]
+        self.profiler: Any = None
+        """What `attach_profiler` gave: kept alive here."""
+        self._profile = 0
+        self._bound: tuple[int, ...] = ()
+        self._stream = streams.create_stream()
+        self._done, self._fork, self._join = (streams.create_event() for _ in range(3))
+
+    def set_shapes(self, profile: int, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """See `lanes.Context`.
+
+        Raises:
+            ConfigError: TensorRT refuses the shapes.
+            ArtifactError: it cannot take the profile, or an output's shape depends on values.
+        """
+        context = self._context
+        self._opened.log.errors.clear()
+        if profile != self._profile:
+            # The change may copy on the stream: after the context's earlier work, and before all later.
+            self._streams.wait(self._stream, self._done)
+            if not context.set_optimization_profile_async(profile, self._stream):
+                raise self._opened.refused(f"cannot switch to profile {profile}")
+            self._streams.record(self._done, self._stream)
+            self._profile = profile
+        for spec, shape in zip(self._opened.inputs, inputs, strict=True):
+            if not context.set_input_shape(spec.name, tuple(shape)):
+                raise self._misshapen(f"the engine refuses shape {list(shape)} for input {spec.name!r}")
+        if missing := context.infer_shapes():
+            raise self._misshapen(
+                f"the engine cannot infer its shapes from these inputs; missing: {', '.join(missing)}"
+            )
+        return tuple(self._output_shape(spec.name) for spec in self._opened.outputs)
+
+    def run(self, addresses: Sequence[int], stream: int) -> None:
+        """See `lanes.Context`.
+
+        Raises:
+            ArtifactError: TensorRT could not run it.
+        """
+        streams = self._streams
+        self._bind(addresses)
+        self._opened.log.errors.clear()
+        streams.record(self._fork, stream)
+        streams.wait(self._stream, self._fork)
+        try:
+            if not self._context.execute_async_v3(self._stream):
+                raise self._opened.refused("failed while it ran")
+        finally:
+            streams.record(self._join, self._stream)
+            streams.wait(stream, self._join)
+
+    def capture(self, addresses: Sequence[int]) -> Graph | None:
+        """See `lanes.Context`."""
+        # Only TensorRT-RTX has the question: false with some control flow, and where memory is allocated at run time.
+        capturable = getattr(self._context, "is_stream_capturable", None)
+        if capturable is not None and not capturable(self._stream):
+            _log.info("%s cannot be captured in a CUDA graph", self._opened.path)
+            return None
+        self._bind(addresses)
+        streams = self._streams
+        streams.begin_capture(self._stream)
+        ran = False
+        try:
+            ran = self._context.execute_async_v3(self._stream)
+        finally:
+            try:
+                handle = streams.end_capture(self._stream)
+            except CaptureError as error:
+                handle = 0
+                _log.info("no CUDA graph of %s: %s", self._opened.path, error)
+        if not handle:
+            return None
+        graph = _GpuGraph(streams, handle)
+        return graph if ran else None
+
+    def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
+        """See `lanes.Context`."""
+        if size_bytes:
+            self._streams.copy(target, source, size_bytes, stream)
+
+    def begin(self, stream: int) -> None:
+        """See `lanes.Context`."""
+        self._streams.wait(stream, self._done)
+
+    def end(self, stream: int) -> None:
+        """See `lanes.Context`."""
+        self._streams.record(self._done, stream)
+
+    def is_idle(self) -> bool:
+        """See `lanes.Context`."""
+        return self._streams.is_done(self._done)
+
+    def finish(self) -> None:
+        """See `lanes.Context`."""
+        self._streams.finish(self._done)
+
+    def close(self) -> None:
+        """See `lanes.Context`."""
+        self._context = self.profiler = None
+        for event in (self._done, self._fork, self._join):
+            self._streams.destroy_event(event)
+        self._streams.destroy_stream(self._stream)
+
+    def _bind(self, addresses: Sequence[int]) -> None:
+        bound = tuple(addresses)
+        if bound == self._bound:
+            return
+        self._bound = ()
+        for name, address in zip(self._names, bound, strict=True):
+            if not self._context.set_tensor_address(name, address):
+                raise self._opened.refused(f"refuses the memory of {name!r}")
+        self._bound = bound
+
+    def _output_shape(self, name: str) -> Shape:
+        shape = tuple(self._context.get_tensor_shape(name))
+        if any(size < 0 for size in shape):
+            raise ArtifactError(
+                f"the shape {list(shape)} of output {name!r} depends on values",
+                fix="return a tensor of a size that the inputs' shapes decide, with a mask or a count beside it",
+            )
+        return shape
+
+    def _misshapen(self, what: str) -> ConfigError:
+        return ConfigError(
+            what,
+            why="; ".join(self._opened.log.errors[-3:]),
+            fix="choose sizes inside the profile, or build the engine with wider `dims`",
+        )
+
+
+class _GpuGraph:
+    """An executable graph; destroyed with its last reference."""
+
+    def __init__(self, streams: Streams, handle: int) -> None:
+        self._streams = streams
+        self._handle = handle
+        weakref.finalize(self, streams.destroy_graph, handle)
+
+    def launch(self, stream: int) -> None:
+        self._streams.launch(self._handle, stream)
+
+
+def attach_profiler(opened: OpenEngine, context: Any, on_layer: OnLayer) -> Any:
+    """Makes every run of an `IExecutionContext` wait for the GPU and report its layers.
+
+    Returns:
+        The `IProfiler`, which must live as long as the context.
+    """
+
+    class Profiler(opened.trt.IProfiler):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            opened.trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            on_layer(layer_name, ms)
+
+    profiler = Profiler()
+    context.profiler = profiler
+    return profiler

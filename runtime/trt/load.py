@@ -1,0 +1,174 @@
+"""From a plan file to a live engine: refused before a byte of it is deserialised where it cannot fit this machine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from trtforge.runtime.device import DeviceFacts, device_facts
+from trtforge.runtime.errors import ArtifactError
+from trtforge.runtime.specs import TensorSpec
+from trtforge.runtime.trt.backend import Backend, import_backend
+from trtforge.runtime.trt.dtypes import dtype_name
+from trtforge.runtime.trt.header import read_rtx_header
+from trtforge.runtime.trt.messages import BuildLog, make_logger
+
+__all__ = ["OpenEngine", "ProfileShapes", "check_fit"]
+
+ProfileShapes = Mapping[str, tuple[tuple[int, ...], ...]]
+"""The min, opt and max shape of each input in one optimization profile."""
+
+
+class OpenEngine:
+    """A deserialised engine and what it says of itself. A CUDA context must be current in the calling thread.
+
+    Deserialising a plan can run code that is in it: load only engines whose origin and hash are known.
+
+    Args:
+        path: The plan file; `check_fit` it first.
+        backend: What built it.
+
+    Attributes:
+        trt: TensorRT's Python module.
+        log: What its logger said; one for the whole process.
+        engine: The `ICudaEngine`; None after `close`.
+        inputs: In the engine's order; engines forget the names of dimensions, so they are called `name[axis]`.
+        outputs: In the engine's order.
+        profiles: For each optimization profile the shapes by input name.
+
+    Raises:
+        MissingDependencyError: the backend does not load.
+        ArtifactError: the plan cannot be read or deserialised, or a tensor of it lives on the host.
+    """
+
+    def __init__(self, path: Path, backend: Backend) -> None:
+        self.path = path
+        self.backend = backend
+        self.trt = import_backend(backend)
+        self.log, logger = _runtime_logger(self.trt)
+        self.log.errors.clear()
+        # The runtime stays referenced as long as the engine lives: TensorRT does not see to it.
+        try:
+            self._runtime: Any = self.trt.Runtime(logger)
+        except TypeError as error:  # the bindings' word for a null pointer
+            raise self.refused("finds no runtime") from error
+        self.engine: Any = self._runtime.deserialize_cuda_engine(_read(path))
+        if self.engine is None:
+            raise self.refused("does not load")
+        self.inputs, self.outputs = self._describe()
+        self.profiles: tuple[ProfileShapes, ...] = tuple(
+            {spec.name: tuple(self._range(spec, number)) for spec in self.inputs}
+            for number in range(self.engine.num_optimization_profiles)
+        )
+
+    def close(self) -> None:
+        """Drops the engine, then the runtime; its contexts must be gone."""
+        self.engine = None
+        self._runtime = None
+
+    def refused(self, what: str) -> ArtifactError:
+        """An error that says `what` the engine did, and why according to TensorRT's log."""
+        return ArtifactError(
+            f"the engine {self.path} {what} with {self.backend}",
+            why="; ".join(self.log.errors[-5:]),
+            fix="build the engine again on this machine, with this release",
+        )
+
+    def _describe(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        inputs: list[TensorSpec] = []
+        outputs: list[TensorSpec] = []
+        for number in range(self.engine.num_io_tensors):
+            name = self.engine.get_tensor_name(number)
+            if self.engine.get_tensor_location(name) != self.trt.TensorLocation.DEVICE:
+                raise ArtifactError(
+                    f"the tensor {name!r} of {self.path} lives on the host: its values decide shapes",
+                    fix="take sizes from an input's shape instead of an input's values, and build again",
+                )
+            shape = tuple(
+                size if size >= 0 else f"{name}[{axis}]" for axis, size in enumerate(self.engine.get_tensor_shape(name))
+            )
+            spec = TensorSpec(name, dtype_name(self.engine.get_tensor_dtype(name)), shape)
+            is_input = self.engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT
+            (inputs if is_input else outputs).append(spec)
+        return tuple(inputs), tuple(outputs)
+
+    def _range(self, spec: TensorSpec, profile: int) -> list[tuple[int, ...]]:
+        fixed = tuple(size for size in spec.shape if isinstance(size, int))
+        if len(fixed) == len(spec.shape):  # profiles leave inputs of fixed shape out
+            return [fixed] * 3
+        return [tuple(shape) for shape in self.engine.get_tensor_profile_shape(spec.name, profile)]
+
+
+def check_fit(
+    engine: Path, backend: Backend, *, version: str | None = None, device: Mapping[str, Any] | None = None
+) -> DeviceFacts:
+    """Compares a plan file with this machine, without TensorRT.
+
+    Args:
+        engine: The plan file.
+        backend: What is installed here.
+        version: The release that built it, where that is known.
+        device: `{"name", "compute_capability", "sm_count"}` of the GPU it was built on, where that is known. A plan of
+            full TensorRT is tied to that model; one of TensorRT-RTX compiles itself for the GPU at hand.
+
+    Returns:
+        The GPU here.
+
+    Raises:
+        ArtifactError: corrupt, built by another release, for another GPU, or there is no GPU that it can run on.
+    """
+    rebuild = "build the engine again with this release, or install the one that built it"
+    if backend.name == "tensorrt-rtx":
+        header = read_rtx_header(engine)
+        version = header.version
+    # Full TensorRT loads other releases' plans only where they were built version-compatible, which ours are not.
+    if version is not None and version != backend.version:
+        title = str(backend).removesuffix(f" {backend.version}")
+        raise ArtifactError(
+            f"the engine {engine} was built by {title} {version}, and {backend.version} is installed",
+            why=f"{title} loads only what the very same release built",
+            fix=f"{rebuild}: pip install {backend.name}=={version}",
+        )
+    here = device_facts()
+    if here is None:
+        raise ArtifactError("an engine runs on a GPU alone, and there is none here", fix="run this on the target")
+    if not backend.capabilities.runs_on(here.compute_capability):
+        raise ArtifactError(
+            f"{backend} does not run on {here.name} (compute capability {here.compute_capability})",
+            fix="use another GPU or another release of the backend",
+        )
+    if backend.name == "tensorrt" and device:
+        _check_device(engine, device, here)
+    return here
+
+
+def _check_device(engine: Path, built_on: Mapping[str, Any], here: DeviceFacts) -> None:
+    facts = {"name": here.name, "compute_capability": here.compute_capability, "sm_count": here.sm_count}
+    differing = [name for name, value in facts.items() if name in built_on and built_on[name] != value]
+    if differing:
+        was = ", ".join(f"{name} {built_on[name]}" for name in differing)
+        found = ", ".join(f"{name} {facts[name]}" for name in differing)
+        raise ArtifactError(
+            f"the engine {engine} was built on another GPU: {was}; here: {found}",
+            why="a plan of TensorRT is tied to the GPU's model and its number of multiprocessors",
+            fix="build the engine on this GPU, or use the tensorrt-rtx backend",
+        )
+
+
+@functools.cache
+def _runtime_logger(trt: ModuleType) -> tuple[BuildLog, Any]:
+    # TensorRT keeps the first logger of a process for good and ignores every later one.
+    log = BuildLog(no_gpu=False, on_node=lambda _: None)
+    return log, make_logger(trt, log)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot read the engine {path}: {error.strerror}", fix="copy the artifact whole"
+        ) from error

@@ -1,0 +1,149 @@
+"""A loaded engine on the GPU: its contexts, and for TensorRT-RTX the cache of what it compiles for this GPU."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trtforge.runtime.device import DeviceFacts
+from trtforge.runtime.lanes import OnLayer, Shape
+from trtforge.runtime.specs import TensorSpec
+from trtforge.runtime.trt.backend import find_backend
+from trtforge.runtime.trt.context import GpuContext, attach_profiler
+from trtforge.runtime.trt.cuda import Cuda
+from trtforge.runtime.trt.load import OpenEngine, check_fit
+from trtforge.runtime.trt.runtime_cache import RuntimeCacheFile
+from trtforge.runtime.trt.streams import Streams
+
+__all__ = ["EngineSession"]
+
+_SAVE_EVERY_S = 5.0
+_ALIGNMENT = 256  # NvInferRuntime.h, `setTensorAddress`; torch's allocator gives multiples of 512
+
+
+class EngineSession:
+    """See `lanes.Session`. On the first visible GPU.
+
+    Args:
+        path: The plan file.
+        backend: "tensorrt" or "tensorrt-rtx": what built it.
+        version: The release that built it.
+        device: The GPU that it was built on, as `check_fit` takes it.
+        digest: The plan file's SHA-256 in hex, where the caller knows it; "" to compute it.
+
+    Raises:
+        MissingDependencyError: the backend is not installed.
+        ArtifactError: the engine is corrupt, or not for this machine.
+    """
+
+    def __init__(
+        self, path: Path, backend: str, version: str | None, device: Mapping[str, Any] | None, digest: str = ""
+    ) -> None:
+        found = find_backend(backend)
+        here = check_fit(path, found, version=version, device=device)
+        self._cuda = Cuda()
+        self._streams = Streams(self._cuda)
+        self._opened = OpenEngine(path, found)
+        self._opening = threading.Lock()
+        self._compiler = _Compiler(self._opened, here, digest) if found.name == "tensorrt-rtx" else None
+        self._saved_at = time.monotonic()
+        self._unsaved = False
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """In the engine's order; engines forget the names of dimensions, so they are called `name[axis]`."""
+        return self._opened.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """In the engine's order; see `inputs`."""
+        return self._opened.outputs
+
+    @property
+    def profiles(self) -> tuple[Mapping[str, tuple[Shape, ...]], ...]:
+        """See `lanes.Session`."""
+        return self._opened.profiles
+
+    @property
+    def alignment(self) -> int:
+        """See `lanes.Session`."""
+        return _ALIGNMENT
+
+    def open_context(self, on_layer: OnLayer | None = None) -> GpuContext:
+        """See `lanes.Session`.
+
+        Raises:
+            ArtifactError: TensorRT gives none, for want of memory most often.
+        """
+        opened = self._opened
+        with self._opening:
+            opened.log.errors.clear()
+            context = self._compiler.create_context() if self._compiler else opened.engine.create_execution_context()
+            if context is None:
+                raise opened.refused("gives no execution context")
+        made = GpuContext(opened, self._streams, context)
+        if on_layer is not None:
+            made.profiler = attach_profiler(opened, context, on_layer)
+        self.kernels_changed()
+        return made
+
+    def enter_thread(self) -> None:
+        """See `lanes.Session`."""
+        self._cuda.make_current()
+
+    def kernels_changed(self) -> None:
+        """See `lanes.Session`: saves the runtime cache, though not at each of many new shapes in a row."""
+        self._unsaved = True
+        if time.monotonic() - self._saved_at > _SAVE_EVERY_S:
+            self._save()
+
+    def close(self) -> None:
+        """See `lanes.Session`."""
+        if self._unsaved:
+            self._save()
+        self._compiler = None
+        self._opened.close()
+        self._cuda.close()
+
+    def _save(self) -> None:
+        self._unsaved = False
+        self._saved_at = time.monotonic()
+        if self._compiler is not None:
+            with self._opening:
+                self._compiler.save()
+
+
+class _Compiler:
+    """How TensorRT-RTX compiles an engine for the GPU at hand, and the cache of what it compiled."""
+
+    def __init__(self, opened: OpenEngine, device: DeviceFacts, digest: str) -> None:
+        self._engine = opened.engine
+        trt = opened.trt
+        self._file = RuntimeCacheFile.of_engine(opened.path, opened.backend.version, device, digest)
+        self._config = opened.engine.create_runtime_config()
+        # Lazily compiled kernels would replace those in a captured graph; this way the first call with new shapes waits
+        # for its kernels, and the graph holds the fast ones. Where shapes are fixed it makes no difference.
+        strategies = trt.DynamicShapesKernelSpecializationStrategy
+        self._config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        self._cache = self._config.create_runtime_cache()
+        kept = self._file.read() if self._file else None
+        if kept is not None and not self._cache.deserialize(kept):
+            warnings.warn(
+                f"the runtime cache of {opened.path} is not used, and made anew: TensorRT-RTX refuses it, "
+                "after a change of driver for instance",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._config.set_runtime_cache(self._cache)
+
+    def create_context(self) -> Any:
+        return self._engine.create_execution_context(self._config)
+
+    def save(self) -> None:
+        kept = self._cache.serialize() if self._file else None
+        if kept is not None and self._file:
+            self._file.write(bytes(kept))
