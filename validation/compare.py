@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from trtforge.runtime.runner import Array, Tensors
 from trtforge.validation.golden import GoldenSet, Sample
+from trtforge.validation.histogram import count_exponents
 from trtforge.validation.metrics import Sums, add_sums, is_float, sum_errors
 from trtforge.validation.parity import (
     Candidate,
@@ -17,7 +19,7 @@ from trtforge.validation.parity import (
     worst_verdict,
 )
 from trtforge.validation.tolerance import Tolerance
-from trtforge.validation.vacuity import Doubt, contrast, sample_pairs, why_constant, why_unresolved
+from trtforge.validation.vacuity import Doubt, contrast, different_inputs, telling_pairs, why_constant, why_unresolved
 
 __all__ = ["compare"]
 
@@ -55,12 +57,13 @@ def compare(
     samples = golden.samples
     reasons = [*_check_samples(samples, outputs), *_check_names(samples, outputs)]
     names = list(dict.fromkeys(name for sample in samples for name in sample.outputs))
+    different = different_inputs([sample.inputs for sample in samples])
+    terms = _Terms(tolerance, candidate, frozenset((samples[a].name, samples[b].name) for a, b in different))
     results = []
     for name in names:
         pairs = [(s, outputs[s.name][name]) for s in samples if name in s.outputs and name in outputs.get(s.name, {})]
         if pairs:
-            wanted = (dtypes or {}).get(name)
-            results.append(_compare_output(name, pairs, tolerance, candidate, wanted))
+            results.append(_compare_output(name, pairs, terms, (dtypes or {}).get(name)))
     results = _settle(results, fixed_outputs)
     verdicts = [result.verdict for result in results]
     fixes = [r.fix for wanted in (Verdict.FAILED, Verdict.NOT_PROVED) for r in results if r.verdict is wanted]
@@ -115,6 +118,15 @@ def _check_names(samples: tuple[Sample, ...], outputs: Mapping[str, Tensors]) ->
 
 
 @dataclass(frozen=True, slots=True)
+class _Terms:
+    """What every output is compared under; `different` holds the pairs of samples whose inputs differ."""
+
+    tolerance: Tolerance
+    candidate: Candidate
+    different: frozenset[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
 class _Compared:
     """One output in one sample: the reference, and how far the candidate is from it."""
 
@@ -123,9 +135,8 @@ class _Compared:
     sums: Sums
 
 
-def _compare_output(
-    name: str, pairs: list[tuple[Sample, Array]], tolerance: Tolerance, candidate: Candidate, dtype: str | None
-) -> OutputResult:
+def _compare_output(name: str, pairs: list[tuple[Sample, Array]], terms: _Terms, dtype: str | None) -> OutputResult:
+    tolerance = terms.tolerance
     wanted = dtype or pairs[0][0].outputs[name].dtype.name
     result = OutputResult(name, pairs[0][0].outputs[name].dtype.name, Verdict.FAILED)
     if problems := _check_arrays(name, pairs, wanted):
@@ -143,18 +154,21 @@ def _compare_output(
         result,
         pooled=pooled.measures(),
         samples=tuple(_judge_sample(item, pooled, tolerance, exact=exact) for item in compared),
+        exponents=() if exact else count_exponents((sample.outputs[name], array) for sample, array in pairs),
     )
     if failures := _failures(result, compared, tolerance, exact=exact):
-        return replace(result, reasons=tuple(failures), fix=_advise(pooled, candidate))
-    if doubt := why_constant(pooled) or _why_unresolved(compared, pooled):
+        return replace(result, reasons=tuple(failures), fix=_advise(pooled, terms.candidate))
+    if doubt := why_constant(pooled) or _why_unresolved(compared, pooled, terms.different):
         return replace(result, verdict=Verdict.NOT_PROVED, reasons=(doubt.reason,), fix=doubt.fix)
     return replace(result, verdict=Verdict.PASSED)
 
 
-def _why_unresolved(compared: list[_Compared], pooled: Sums) -> Doubt | None:
+def _why_unresolved(compared: list[_Compared], pooled: Sums, different: frozenset[tuple[str, str]]) -> Doubt | None:
     references = [item.reference for item in compared]
-    between = sample_pairs([item.sample.inputs for item in compared], [array.shape for array in references])
-    return why_unresolved(pooled, contrast(references, between), pairs=len(between))
+    names = [item.sample.name for item in compared]
+    pairs = [(a, b) for a, b in combinations(range(len(names)), 2) if (names[a], names[b]) in different]
+    telling = telling_pairs(pairs, [array.shape for array in references])
+    return why_unresolved(pooled, contrast(references, telling), pairs=len(telling))
 
 
 def _check_arrays(name: str, pairs: list[tuple[Sample, Array]], dtype: str) -> list[str]:

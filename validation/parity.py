@@ -71,6 +71,7 @@ class OutputResult:
         pooled: The figures over all samples together; None where shapes or dtypes forbid a comparison.
         samples: Each sample's figures.
         fix: What to do about it, as an instruction; "" where it passed.
+        exponents: `count_exponents` of a floating output, for a histogram of its errors.
     """
 
     name: str
@@ -81,6 +82,7 @@ class OutputResult:
     pooled: Measures | None = None
     samples: tuple[SampleResult, ...] = ()
     fix: str = ""
+    exponents: tuple[tuple[int, int], ...] = ()
 
     @property
     def worst(self) -> SampleResult | None:
@@ -226,6 +228,7 @@ def _output_to_json(output: OutputResult) -> dict[str, Any]:
             for s in output.samples
         ],
         "fix": output.fix,
+        "exponents": [list(pair) for pair in output.exponents],
     }
 
 
@@ -242,4 +245,5 @@ def _output_from_json(data: Mapping[str, Any]) -> OutputResult:
             for s in data["samples"]
         ),
         fix=data["fix"],
+        exponents=tuple((exponent, count) for exponent, count in data["exponents"]),
     )

@@ -12,7 +12,16 @@ import numpy as np
 from trtforge.runtime.runner import Array, Tensors
 from trtforge.validation.metrics import Sums, add_sums, sum_errors
 
-__all__ = ["LEAST_CONTRAST_DB", "Doubt", "Pair", "contrast", "sample_pairs", "why_constant", "why_unresolved"]
+__all__ = [
+    "LEAST_CONTRAST_DB",
+    "Doubt",
+    "Pair",
+    "contrast",
+    "different_inputs",
+    "telling_pairs",
+    "why_constant",
+    "why_unresolved",
+]
 
 LEAST_CONTRAST_DB = 20 * math.log10(2)
 """How far, in dB, the error must be below the difference between the reference's outputs for two inputs.
@@ -39,13 +48,17 @@ _ALIVE = (
 )
 
 
-def sample_pairs(inputs: Sequence[Tensors], shapes: Sequence[tuple[int, ...]]) -> list[Pair]:
-    """Pairs of samples that show whether an output of these shapes depends on the inputs' values.
+def different_inputs(inputs: Sequence[Tensors]) -> list[Pair]:
+    """Pairs of samples whose inputs differ, in shape or in a value."""
+    return [pair for pair in combinations(range(len(inputs)), 2) if _differ(inputs[pair[0]], inputs[pair[1]])]
 
-    Samples of one shape where there are any: what differs between shapes may come from the sizes alone. Else any two,
-    which are then compared over the corner that they share. At most twelve pairs; both have different inputs.
+
+def telling_pairs(different: Sequence[Pair], shapes: Sequence[tuple[int, ...]]) -> list[Pair]:
+    """Pairs of samples that show whether an output of these shapes depends on the inputs' values; at most twelve.
+
+    Samples of one shape where there are any: what differs between shapes may come from the sizes alone. Else any two of
+    `different`, which are then compared over the corner that they share.
     """
-    different = [pair for pair in combinations(range(len(inputs)), 2) if _differ(inputs[pair[0]], inputs[pair[1]])]
     alike = [(a, b) for a, b in different if shapes[a] == shapes[b]]
     found = alike or [(a, b) for a, b in different if len(shapes[a]) == len(shapes[b])]
     return found[:_PAIRS]
