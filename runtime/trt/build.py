@@ -29,6 +29,7 @@ from trtforge.runtime.trt.parse import (
     node_errors,
 )
 from trtforge.runtime.trt.profiles import Shapes, add_profiles
+from trtforge.runtime.trt.tf32 import set_build_tf32
 
 __all__ = ["BuildRequest", "BuiltEngine", "Shapes", "build_engine", "build_task"]
 
@@ -160,6 +161,7 @@ def build_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     Returns:
         The facts of `BuiltEngine`, or `{"failure": {"kind": "parse" | "build" | "inconsistent", …}}`.
     """
+    set_build_tf32(args["tf32"])
     backend = find_backend(args["backend"])
     trt = import_backend(backend)
     log = BuildLog(no_gpu=device_facts() is None, on_node=lambda node: emit("doing", what=f"parsing the node {node}"))
@@ -274,7 +276,7 @@ def _creation_flags(trt: ModuleType, backend: Backend) -> int:
 
 def _configure(trt: ModuleType, builder: Any, args: Mapping[str, Any]) -> Any:
     config = builder.create_builder_config()
-    # On by default: fp32 must switch it off, not merely leave it alone.
+    # On by default: fp32 must switch it off, not merely leave it alone. RTX goes by `set_build_tf32` instead.
     (config.set_flag if args["tf32"] else config.clear_flag)(trt.BuilderFlag.TF32)
     # The engine inspector then names the ONNX nodes and types of each layer.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED

@@ -26,6 +26,7 @@ from trtforge.runtime.trt.cuda import Cuda, DeviceBuffer
 from trtforge.runtime.trt.dtypes import dtype_name
 from trtforge.runtime.trt.header import read_rtx_header
 from trtforge.runtime.trt.messages import BuildLog, make_logger
+from trtforge.runtime.trt.tf32 import create_with_matching_tf32
 
 __all__ = ["EngineRunner", "inspect_engine", "inspect_task", "run_engine", "run_task"]
 
@@ -64,7 +65,8 @@ class EngineRunner:
         self._engine: Any = self._runtime.deserialize_cuda_engine(_read(engine))
         if self._engine is None:
             raise self._refused("does not load")
-        self._context: Any = self._engine.create_execution_context()
+        create = self._engine.create_execution_context
+        self._context: Any = create_with_matching_tf32(create, self._log.errors.clear)
         if self._context is None:
             raise self._refused("gives no execution context")
         self._inputs, self._outputs = self._describe()
