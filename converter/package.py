@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trtforge.converter.artifact import PLAN, Artifact, input_facts
+from trtforge.converter.artifact import ENGINE, PLAN, Artifact, input_facts
 from trtforge.converter.config import ConversionConfig
 from trtforge.converter.manifest import Status, write_manifest
 from trtforge.converter.sources import LoadedModel
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from trtforge.runtime.trt.build import BuiltEngine
     from trtforge.validation.golden import GoldenSet
     from trtforge.validation.parity import ParityReport
+    from trtforge.validation.proof import Proof
     from trtforge.validation.tolerance import Tolerance
 
 __all__ = ["Package", "device_entry", "measured_facts", "publish_package", "publish_proved", "versions"]
@@ -59,7 +60,7 @@ class Package:
         used: Every precision that a node runs in.
         tolerance: The limits of the last proof.
         engine: None where none was built.
-        reports: The proofs, in order.
+        reports: The comparisons, in order.
     """
 
     config: ConversionConfig
@@ -73,6 +74,14 @@ class Package:
     tolerance: Tolerance | None = None
     engine: BuiltEngine | None = None
     reports: list[ParityReport] = field(default_factory=list)
+
+    @property
+    def proof(self) -> Proof:
+        """The comparisons, and which of them there have to be."""
+        from trtforge.validation.proof import Proof
+
+        changed = self.model.hash != self.reference.hash
+        return Proof(tuple(self.reports), required=("export", "precision") if changed else ("export",))
 
 
 def publish_package(package: Package, folder: Path, target: Path, *, failed: ParityError | None = None) -> Artifact:
@@ -88,16 +97,8 @@ def publish_package(package: Package, folder: Path, target: Path, *, failed: Par
         ParityError: a proof is missing, did not pass, or is of another graph or engine. "Validated" is an invariant.
     """
     (folder / PLAN).write_text(package.plan.to_yaml(), encoding="utf-8")
-    facts = _facts(package)
     return publish_proved(
-        folder,
-        target,
-        package.config.name,
-        facts,
-        package.reports,
-        graphs=(package.reference.hash, package.model.hash),
-        engine=package.engine and package.engine.path,
-        failed=failed,
+        folder, target, package.config.name, _facts(package), package.proof, package.golden, failed=failed
     )
 
 
@@ -106,22 +107,20 @@ def publish_proved(
     target: Path,
     name: str,
     facts: Mapping[str, Any],
-    reports: list[ParityReport],
+    proof: Proof,
+    golden: GoldenSet,
     *,
-    graphs: tuple[str, str],
-    engine: Path | None,
     failed: ParityError | None = None,
 ) -> Artifact:
-    """Publishes `folder` at `target` with the status that its proofs give it.
+    """Publishes `folder` at `target` with the status that its proof gives it.
 
     Args:
         folder: Everything but report and manifest.
         target: Where it goes.
         name: The model's name.
-        facts: The manifest but for status and files.
-        reports: The proofs.
-        graphs: Hashes of the float graph and of the one with the plan carried out.
-        engine: The plan file, where there is one.
+        facts: The manifest but for status and files; its `graphs` and `engine` are what the proof has to be of.
+        proof: The comparisons.
+        golden: What they were made on.
         failed: Why the proof failed; then nothing is required of it.
 
     Raises:
@@ -129,33 +128,33 @@ def publish_proved(
     """
     from trtforge.converter.reporting import write_reports
 
-    status: Status = "failed" if failed else _status(reports, graphs, engine)
-    write_reports(folder, name, status, facts, reports, failed)
+    engine = folder / ENGINE
+    status: Status = "failed" if failed else _status(proof, facts["graphs"], engine if engine.exists() else None)
+    write_reports(folder, name, status, facts, proof, golden, failed)
     manifest = write_manifest(folder, status, name, facts)
     publish_folder(folder, target)
     return Artifact(target, manifest)
 
 
-def _status(reports: list[ParityReport], graphs: tuple[str, str], engine: Path | None) -> Status:
-    by_stage = {report.candidate.stage: report for report in reports}
-    _require(by_stage.get("export"), "the float graph", "graph", graphs[0])
-    if graphs[1] != graphs[0]:
-        _require(by_stage.get("precision"), "the graph with the plan carried out", "graph", graphs[1])
+def _status(proof: Proof, graphs: Mapping[str, str], engine: Path | None) -> Status:
+    proof.raise_unless_passed()
+    _require_same(proof.stage("export"), "graph", graphs["reference"])
+    ran = proof.stage("engine")
+    if graphs["model"] != graphs["reference"] and ran is None:
+        _require_same(proof.stage("precision"), "graph", graphs["model"])
     if engine is None:
         return "portable"
-    if "engine" not in by_stage:
+    if ran is None:
         return "built"
-    _require(by_stage["engine"], "the engine", "engine", hash_file(engine))
+    _require_same(ran, "graph", graphs["model"])
+    _require_same(ran, "engine", hash_file(engine))
     return "validated"
 
 
-def _require(report: ParityReport | None, what: str, kind: str, wanted: str) -> None:
-    if report is None:
-        raise ParityError(f"{what} has no proof, so it is not published")
-    report.raise_unless_passed()
-    proved = report.candidate.hashes.get(kind)
+def _require_same(report: ParityReport | None, kind: str, wanted: str) -> None:
+    proved = report and report.candidate.hashes.get(kind)
     if proved != wanted:
-        raise ParityError(f"the proof of {what} is of another one: {proved}, not {wanted}")
+        raise ParityError(f"the proof is of another {kind}: {proved}, not {wanted}", fix="convert again")
 
 
 def _facts(package: Package) -> dict[str, Any]:
@@ -194,7 +193,7 @@ def _facts(package: Package) -> dict[str, Any]:
         },
         "device": device and device_entry(device),
         "tolerance": package.tolerance.to_json() if package.tolerance else None,
-        "measured": measured_facts(package.reports),
+        "measured": measured_facts(package.proof),
         "versions": versions(),
         "command": reproduce_command(config),
     }
@@ -205,11 +204,11 @@ def device_entry(device: DeviceFacts) -> dict[str, Any]:
     return {"name": device.name, "compute_capability": device.compute_capability, "sm_count": device.sm_count}
 
 
-def measured_facts(reports: list[ParityReport]) -> dict[str, Any]:
-    """The worst figures over the outputs of the last proof; infinite ones as text, which JSON lacks."""
-    if not reports:
+def measured_facts(proof: Proof) -> dict[str, Any]:
+    """The worst figures over the outputs of the last comparison; infinite ones as text, which JSON lacks."""
+    if not proof.reports:
         return {}
-    report = reports[-1]
+    report = proof.reports[-1]
     measures = [output.pooled for output in report.outputs if output.pooled is not None]
     facts: dict[str, Any] = {"runner": report.candidate.runner, "stage": report.candidate.stage}
     if measures:
@@ -219,8 +218,8 @@ def measured_facts(reports: list[ParityReport]) -> dict[str, Any]:
             "max_abs_over_std": _finite(max(m.max_abs_over_std for m in measures)),
             "max_abs": _finite(max(m.max_abs for m in measures)),
         }
-    if report.notes:
-        facts["notes"] = list(report.notes)
+    if notes := proof.all_notes:
+        facts["notes"] = list(notes)
     return facts
 
 

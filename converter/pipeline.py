@@ -122,8 +122,9 @@ class _Run:
             golden=bench.golden,
         )
         with stages.stage("prove", "onnxruntime, float graph"):
-            package.reports.append(self._prove_export(reference, bench))
-        self._require(package)
+            report = self._prove_export(reference, bench)
+            package.reports.append(report)
+            report.raise_unless_passed()
         with stages.stage("plan"):
             package.plan = self._guard(plan, reference, bench)
         with stages.stage("cast"):
@@ -133,14 +134,16 @@ class _Run:
         if model is not reference:
             with stages.stage("prove", "onnxruntime, with the plan"):
                 package.reports.append(self._prove_model(model, bench, used, tolerance))
+        runs_here = self.backend is not None and _runs_here(self.backend)
+        if not runs_here:
             self._require(package)
         if self.backend is not None:
             with stages.stage("build", str(self.backend)):
                 package.engine = self._build(model, specs)
-            if _runs_here(self.backend):
-                with stages.stage("prove", "engine on the GPU"):
-                    package.reports.append(self._prove_engine(package.engine, model, bench, tolerance))
-                self._require(package)
+        if package.engine is not None and runs_here:
+            with stages.stage("prove", "engine on the GPU"):
+                package.reports.append(self._prove_engine(package.engine, model, bench, tolerance))
+            self._require(package)
         return package
 
     def _export(self) -> tuple[OnnxModel, tuple[InputSpec, ...], Runner]:
@@ -166,7 +169,6 @@ class _Run:
 
     def _import(self, opset: int | None) -> tuple[OnnxModel, tuple[InputSpec, ...], Runner]:
         from trtforge.converter.foreign import import_onnx
-
         from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
 
         assert self.loaded.onnx is not None
@@ -284,9 +286,8 @@ class _Run:
         )
 
     def _require(self, package: Package) -> None:
-        self.stages.current = "prove"
         try:
-            package.reports[-1].raise_unless_passed()
+            package.proof.raise_unless_passed()
         except ParityError as error:
             error.stage = "prove"
             raise

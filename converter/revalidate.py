@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from trtforge.converter.artifact import ENGINE, PROOF, Artifact, open_artifact
+from trtforge.converter.artifact import PROOF, Artifact, open_artifact
 from trtforge.converter.package import device_entry, measured_facts, publish_proved
 from trtforge.converter.progress import Stages
 from trtforge.converter.prove import Bench, prove_engine, prove_onnx
-from trtforge.converter.reporting import read_reports
+from trtforge.converter.reporting import read_report
 from trtforge.runtime.device import DeviceFacts, device_facts
 from trtforge.runtime.errors import ArtifactError
 from trtforge.runtime.graph import describe_model, load_graph
@@ -17,6 +17,7 @@ from trtforge.runtime.publish import staging_folder
 from trtforge.runtime.trt.backend import Backend, find_backend
 from trtforge.validation.golden import GoldenSet
 from trtforge.validation.parity import ParityReport
+from trtforge.validation.proof import Proof
 from trtforge.validation.tolerance import DEFAULTS, Tolerance
 
 __all__ = ["check_fits", "validate_artifact"]
@@ -55,7 +56,7 @@ def validate_artifact(path: Path, *, stages: Stages, output: Path | None = None)
             report = _prove_engine(artifact, backend, bench)
             report.raise_unless_passed()
         with stages.stage("package"):
-            return _promote(artifact, report, device, staging, output or path)
+            return _promote(artifact, report, device, golden, staging, output or path)
 
 
 def check_fits(artifact: Artifact, device: DeviceFacts) -> Backend:
@@ -93,12 +94,13 @@ def _prove_graphs(artifact: Artifact, bench: Bench) -> None:
             known = artifact.facts["graphs"]["reference" if stage == "export" else "model"]
             if model.hash != known:
                 raise ArtifactError(f"{path} is graph {model.hash[:12]}, the manifest says {known[:12]}")
-            old = next(r for r in read_reports(artifact.path) if r.candidate.stage == stage)
+            old = read_report(artifact.path).proof.stage("export" if stage == "export" else "precision")
+            assert old is not None
             report = prove_onnx(
                 model,
                 bench,
                 stage="export" if stage == "export" else "precision",
-                precision=old.candidate.precision if stage == "export" else artifact.facts["precision"],
+                precision="fp32" if stage == "export" else artifact.facts["precision"],
                 used={"fp32"} if stage == "export" else used,
                 tolerance=old.tolerance if stage == "export" else tolerance,
             )
@@ -120,16 +122,19 @@ def _prove_engine(artifact: Artifact, backend: Backend, bench: Bench) -> ParityR
     )
 
 
-def _promote(artifact: Artifact, report: ParityReport, device: DeviceFacts, staging: Path, target: Path) -> Artifact:
+def _promote(
+    artifact: Artifact, report: ParityReport, device: DeviceFacts, golden: GoldenSet, staging: Path, target: Path
+) -> Artifact:
     folder = staging / "artifact"
     folder.mkdir()
     _copy_files(artifact, folder)
-    reports = [r for r in read_reports(artifact.path) if r.candidate.stage != "engine"] + [report]
+    old = read_report(artifact.path).proof
+    kept = tuple(found for found in old.reports if found.candidate.stage != "engine")
+    proof = Proof((*kept, report), old.required, old.notes)
     drop = ("schema", "status", "name", "files")
     facts = {key: value for key, value in artifact.facts.items() if key not in drop}
-    facts |= {"device": device_entry(device), "measured": measured_facts(reports)}
-    graphs = artifact.facts["graphs"]["reference"], artifact.facts["graphs"]["model"]
-    return publish_proved(folder, target, artifact.name, facts, reports, graphs=graphs, engine=folder / ENGINE)
+    facts |= {"device": device_entry(device), "measured": measured_facts(proof)}
+    return publish_proved(folder, target, artifact.name, facts, proof, golden)
 
 
 def _copy(artifact: Artifact, staging: Path, output: Path | None) -> Artifact:

@@ -1,8 +1,8 @@
 """Whether float32 products may round their inputs to TF32: what the builder's flag does not decide on TensorRT-RTX.
 
-Measured with RTX 1.6.1 on an H100: BuilderFlag.TF32 cleared or set, a float32 MatMul and Conv have 70.6 dB SQNR (TF32's 10
-bits of mantissa). Built and run under NVIDIA_TF32_OVERRIDE=0 they have 114 and 108 dB (float32). The engine remembers the
-variable it was built under, and refuses a context under another value; once the context is made the variable is free.
+Measured with RTX 1.6.1 on an H100: BuilderFlag.TF32 cleared or set, a float32 MatMul and Conv have 70.6 dB SQNR (TF32's
+10 bits of mantissa). Built and run under NVIDIA_TF32_OVERRIDE=0 they have 114 and 108 dB (float32). The engine keeps the
+value it was built under, and refuses a context under another one; once the context is made the variable is free.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def set_build_tf32(tf32: bool) -> None:
 
 
 def create_with_matching_tf32(create: Callable[[], T | None], on_retry: Callable[[], None]) -> T | None:
-    """Calls `create` under the value that most engines were built under ("0"), then without it, until it gives something.
+    """Calls `create` under the value that most engines were built under ("0"), then without, until it gives one.
 
     Args:
         create: Makes an execution context, or gives None where the engine refuses the environment.
