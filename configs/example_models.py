@@ -1,4 +1,4 @@
-"""The models and data that the configurations in this folder name. Weights come with packages, or are random but seeded."""
+"""The models and data of the configurations in this folder. Weights come with packages, or are random but seeded."""
 
 from __future__ import annotations
 

@@ -108,9 +108,8 @@ def worst_exit_code(outcomes: Sequence[Outcome]) -> int:
 
 
 def _convert_one(config: ConversionConfig, output: Path, on_event: OnEvent) -> Outcome:
-    from trtforge.converter.pipeline import convert_config
-
     from trtforge.converter.artifact import FAILED_SUFFIX
+    from trtforge.converter.pipeline import convert_config
     from trtforge.converter.progress import Stages
 
     stages = Stages(on_event)
@@ -121,7 +120,7 @@ def _convert_one(config: ConversionConfig, output: Path, on_event: OnEvent) -> O
         left = target.with_name(target.name + FAILED_SUFFIX)
         kept = left if error.exit_code == 4 and left.is_dir() else None
         return Outcome(config.name, "failed", kept, stages.seconds, error)
-    except Exception as error:  # a bug in one model's conversion must not take the others with it
+    except Exception as error:  # noqa: BLE001  # a bug in one model's conversion must not take the others with it
         traceback.print_exc()
         return Outcome(config.name, "failed", None, stages.seconds, error)
     return Outcome(config.name, artifact.status, artifact.path, stages.seconds, facts=dict(artifact.facts))

@@ -36,9 +36,8 @@ def convert(file: Path, *, only: str | None, output: Path, as_json: bool) -> int
 
 def validate(path: Path, *, output: Path | None, as_json: bool) -> int:
     """Checks and proves an artifact again."""
-    from trtforge.converter.revalidate import validate_artifact
-
     from trtforge.converter.progress import Stages
+    from trtforge.converter.revalidate import validate_artifact
 
     with ProgressView() as view:
         view.name = path.name

@@ -156,7 +156,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
             why=_first_line(error),
             fix="save `module.state_dict()` with torch.save, or write a .safetensors file",
         ) from error
-    except Exception as error:  # noqa: BLE001  # torch.load raises whatever its readers met in the file
+    except Exception as error:  # torch.load raises whatever its readers met in the file
         raise ConfigError(
             f"checkpoint {path} cannot be read: {_first_line(error)}",
             fix="a .pt file of torch.save(module.state_dict()), or .safetensors",

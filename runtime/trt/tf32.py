@@ -1,7 +1,7 @@
 """Whether float32 products may round their inputs to TF32: what the builder's flag does not decide on TensorRT-RTX.
 
-Measured with RTX 1.6.1 on an H100: BuilderFlag.TF32 cleared or set, a float32 MatMul and Conv have 70.6 dB SQNR (TF32's
-10 bits of mantissa). Built and run under NVIDIA_TF32_OVERRIDE=0 they have 114 and 108 dB (float32). The engine keeps the
+Measured with RTX 1.6.1 on an H100: BuilderFlag.TF32 cleared or set, a float32 MatMul and Conv have 70.6 dB SQNR (10
+bits of mantissa). Built and run under NVIDIA_TF32_OVERRIDE=0 they have 114 and 108 dB (float32). The engine keeps the
 value it was built under, and refuses a context under another one; once the context is made the variable is free.
 """
 
