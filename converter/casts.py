@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from trtforge.converter.assign import FLOAT_TYPES, NATURAL, Decision, assign, constant_tensor, largest_value
 from trtforge.converter.types import body_graphs, infer_types, node_types
+from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.graph import META_LINE, META_MODULE, META_ORIGIN, all_graphs
 from trtforge.runtime.precision import PrecisionPlan
 
@@ -38,16 +39,23 @@ def apply_plan(model: ir.Model, plan: PrecisionPlan, *, graph: str | None = None
         The decision for every node that has float32 tensors, in order of execution, outer graphs first.
 
     Raises:
-        ConfigError: as `PrecisionPlan.resolve`.
+        ConfigError: as `PrecisionPlan.resolve`; where inputs and outputs would be bfloat16 below opset 13.
     """
     infer_types(model)
+    opset = model.graph.opset_imports.get("", 0)
+    if not plan.keep_io and plan.float_default == "bf16" and opset < 13:
+        raise ConfigError(
+            f"inputs and outputs cannot be bfloat16 at opset {opset}",
+            why="ONNX's Cast takes bfloat16 from opset 13 on",
+            fix="export at a higher opset, or leave out `keep_io: false`",
+        )
     decisions = assign(model, plan, graph=graph)
     if any(decision.dtype != ir.DataType.FLOAT for decision in decisions.values()) or not plan.keep_io:
         caster = _Caster(model, decisions)
         if not plan.keep_io:
             for value in model.graph.inputs:
                 if value in caster.floats:
-                    value.dtype = FLOAT_TYPES[plan.float_default]
+                    value.type = ir.TensorType(FLOAT_TYPES[plan.float_default])
         caster.rewire(model.graph)
         caster.finish_io(model.graph, None if plan.keep_io else FLOAT_TYPES[plan.float_default])
         caster.fold_constants()
@@ -117,7 +125,7 @@ class _Caster:
         for body in body_graphs(node):
             for value in body.inputs[first_input:]:
                 if value in self.floats:
-                    value.dtype = low
+                    value.type = ir.TensorType(low)
             self.rewire(body)
             for index, outer in enumerate(node.outputs):
                 place = index + first_result
@@ -221,7 +229,7 @@ class _Caster:
             (((dtype, _), copy),) = copies.items()
             tensor = copy.const_value
             assert tensor is not None
-            value.dtype = dtype
+            value.type = ir.TensorType(dtype)
             copy.replace_all_uses_with(value, replace_graph_outputs=True)
             if producer is None:
                 assert copy.graph is not None
@@ -260,7 +268,9 @@ def _set_constant(node: ir.Node, tensor: ir.TensorProtocol) -> None:
 
 
 def _retype_output(node: ir.Node, index: int, dtype: ir.DataType) -> None:
-    node.outputs[index].dtype = dtype
+    # A type object of its own, here as elsewhere: `Value.dtype = …` would change every value that shares the object, as
+    # values of a clone do with the original's.
+    node.outputs[index].type = ir.TensorType(dtype)
     if index or node.domain:
         return
     if node.op_type == "Cast":

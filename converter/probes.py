@@ -134,7 +134,7 @@ class _Attachment:
         node.resize_outputs(len(node.outputs) + 1)
         result = node.outputs[-1]
         result.name = self._name()
-        result.dtype = ir.DataType.FLOAT
+        result.type = ir.TensorType(ir.DataType.FLOAT)
         if node.op_type == "If":
             return result, order
         for name in ("scan_output_axes", "scan_output_directions"):
@@ -183,7 +183,7 @@ class _Attachment:
         return node.outputs[0]
 
     def _typed(self, value: ir.Value, size: int) -> ir.Value:
-        value.dtype = ir.DataType.FLOAT
+        value.type = ir.TensorType(ir.DataType.FLOAT)
         value.shape = ir.Shape([size])
         return value
 

@@ -168,7 +168,8 @@ def _check_onnx(model: ir.Model) -> None:
     from onnx_ir.passes.common import CheckerPass
 
     try:
-        CheckerPass(full_check=True)(model)
+        # On a copy: while onnx looks, large initializers stand among the inputs, and come back in another order.
+        CheckerPass(full_check=True)(model.clone())
     except Exception as error:  # onnx raises its own kinds and RuntimeError, onnx_ir wraps them all
         deepest: BaseException = error
         while deepest.__cause__ is not None:
@@ -190,7 +191,7 @@ class _Walk:
             if tensor is None:
                 continue
             if value.dtype is None:
-                value.dtype = tensor.dtype
+                value.type = ir.TensorType(tensor.dtype)
             elif value.dtype != tensor.dtype:
                 self.problems.append(f"initializer {value.name!r} is {tensor.dtype.name}, declared {value.dtype.name}")
         for node in graph:
@@ -274,7 +275,7 @@ class _Walk:
             return
         if value.dtype is None:
             if self.fill and expected is not None:
-                value.dtype = expected
+                value.type = ir.TensorType(expected)
             return
         if self.fill:
             return
@@ -312,7 +313,7 @@ def _fill_loop_inputs(node: ir.Node) -> None:
     for body in body_graphs(node):
         for outer, inner in zip(list(node.inputs)[2:], body.inputs[2:], strict=False):
             if inner.dtype is None and outer is not None and outer.dtype is not None and _is_tensor(outer):
-                inner.dtype = outer.dtype
+                inner.type = ir.TensorType(outer.dtype)
 
 
 def _is_tensor(value: ir.Value) -> bool:

@@ -58,13 +58,13 @@ def emulate(model: ir.Model) -> ir.Model:
     for graph in list(_graphs(copy)):
         for value in [*graph.initializers.values(), *graph.inputs]:
             if value in low and not (graph is copy.graph and value.is_graph_input()):
-                value.dtype = ir.DataType.FLOAT
+                value.type = ir.TensorType(ir.DataType.FLOAT)
                 value.const_value = value.const_value and _wide(value.const_value)
         for node in list(graph):
             _widen_attributes(node)
             for value in node.outputs:
                 if value in low:
-                    value.dtype = ir.DataType.FLOAT
+                    value.type = ir.TensorType(ir.DataType.FLOAT)
                     if node.domain or node.op_type not in _EXACT:
                         rounder.round(value, node, low[value])
     rounder.widen_inputs(copy.graph)
