@@ -1,0 +1,89 @@
+"""From what a pass collected to ranges: one threshold a tensor, by one method or by the one that fits the tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from trtforge import __version__
+from trtforge.calibration.collect import Collected
+from trtforge.calibration.histogram import BINS, Histogram
+from trtforge.calibration.ranges import METHODS, MadeFrom, Method, Ranges, TensorRange
+from trtforge.calibration.thresholds import (
+    LEVELS,
+    PERCENTILE,
+    entropy_threshold,
+    measure_fit,
+    mse_threshold,
+    percentile_threshold,
+)
+from trtforge.runtime.errors import CalibrationError
+from trtforge.runtime.suggest import nearest
+
+__all__ = ["choose_range", "choose_ranges", "describe_method"]
+
+_SEARCHES: Mapping[str, Callable[[Histogram], float]] = {
+    "entropy": entropy_threshold,
+    "percentile": percentile_threshold,
+    "mse": mse_threshold,
+    "max": lambda histogram: histogram.peak,
+}
+_SETTINGS: Mapping[str, str] = {
+    "entropy": f"entropy, {BINS} bins to {LEVELS} levels",
+    "percentile": f"percentile {PERCENTILE}",
+    "mse": "mse, int8",
+    "max": "max",
+    "auto": "auto 1",
+}
+
+
+def describe_method(method: Method) -> str:
+    """The method with its settings: what a cache compares.
+
+    Raises:
+        CalibrationError: there is no such method.
+    """
+    if method not in _SETTINGS:
+        raise CalibrationError(f"there is no calibration method {method!r}", fix=nearest(method, METHODS))
+    return _SETTINGS[method]
+
+
+def choose_ranges(collected: Collected, method: Method = "auto") -> Ranges:
+    """The range of every tensor, and what they were made from.
+
+    Raises:
+        CalibrationError: there is no such method.
+    """
+    described = describe_method(method)
+    tensors = {name: choose_range(histogram, method) for name, histogram in collected.histograms.items()}
+    return Ranges(tensors, made_from(collected, described))
+
+
+def made_from(collected: Collected, method: str) -> MadeFrom:
+    """Where ranges from this state come from; `method` as `describe_method` writes it."""
+    return MadeFrom(
+        graph=collected.graph,
+        data=f"{collected.data:064x}",
+        samples=collected.samples,
+        shapes={name: tuple(sorted(shapes)) for name, shapes in sorted(collected.shapes.items())},
+        method=method,
+        provider=collected.provider,
+        versions={"trtforge": __version__, "onnxruntime": collected.onnxruntime},
+        batch=collected.batch,
+    )
+
+
+def choose_range(histogram: Histogram, method: Method = "auto") -> TensorRange:
+    """The range of one tensor.
+
+    Raises:
+        CalibrationError: there is no such method.
+    """
+    describe_method(method)
+    chosen, reason = (method, "") if method != "auto" else _choose(histogram)
+    threshold = _SEARCHES[chosen](histogram) if histogram.peak > 0 else 0.0
+    fit = measure_fit(histogram, threshold)
+    return TensorRange(threshold, chosen, histogram.peak, fit.clipped_fraction, fit.sqnr_db, histogram.count, reason)
+
+
+def _choose(histogram: Histogram) -> tuple[Method, str]:
+    return "mse", "least squared error"
