@@ -158,7 +158,7 @@ def check_types(model: ir.Model, *, strict: bool = True) -> None:
             f"{len(walk.problems)} node(s) have inconsistent types:\n{shown}"
             + (f"\n  and {more} more" if more > 0 else ""),
             why="TensorRT's strongly typed networks convert nothing by themselves",
-            fix="in a model of your own put a Cast there; after a precision plan it is trtforge's mistake, please report it",
+            fix="put a Cast there; where a precision plan made it, that is trtforge's mistake: please report it",
         )
     if strict:
         _check_onnx(model)
@@ -229,10 +229,12 @@ class _Walk:
             return self._body_outputs(node)
         if types is None:
             return {}
-        expected = {
-            index: bound[variable] for index, variable in enumerate(types.outputs[: len(node.outputs)])
-            if variable in bound
-        }  # fmt: skip
+        expected = {}
+        for index, variable in enumerate(types.outputs[: len(node.outputs)]):
+            only = _ONLY.get(types.allowed[variable])
+            dtype = bound.get(variable, only)
+            if dtype is not None:
+                expected[index] = dtype
         first = _first_output_type(node)
         if first is not None:
             expected[0] = first
@@ -291,6 +293,7 @@ class _Walk:
             self.problems.append(problem)
 
 
+_ONLY = {frozenset({type_text(dtype)}): dtype for dtype in ir.DataType}
 _BODY_OUTPUTS = frozenset({"If", "Loop", "Scan"})
 
 
