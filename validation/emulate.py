@@ -37,7 +37,7 @@ _TYPE_ATTRIBUTES = (
 
 def needs_emulation(model: ir.Model) -> bool:
     """Whether any tensor of the graph is float16 or bfloat16."""
-    return any(_is_low(value) for graph in _graphs(model) for value in _values(graph))
+    return any(_low_type(value) for graph in _graphs(model) for value in _values(graph))
 
 
 def emulate(model: ir.Model) -> ir.Model:
@@ -52,7 +52,7 @@ def emulate(model: ir.Model) -> ir.Model:
         model: Any graph whose element types are known; it is not changed.
     """
     copy = model.clone()
-    low = {value: value.dtype for graph in _graphs(copy) for value in _values(graph) if _is_low(value)}
+    low = {value: dtype for graph in _graphs(copy) for value in _values(graph) if (dtype := _low_type(value))}
     rounder = _Rounder({value.name for graph in _graphs(copy) for value in _values(graph)})
     output_types = [low.get(value) for value in copy.graph.outputs]
     for graph in list(_graphs(copy)):
@@ -83,8 +83,11 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _is_low(value: ir.Value) -> bool:
-    return value.dtype in _LOW and isinstance(value.type, ir.TensorType)
+def _low_type(value: ir.Value) -> ir.DataType | None:
+    """The half type of a tensor; None where it is of another type, or no tensor."""
+    if value.dtype is None and value.const_value is not None:  # an initializer need not be annotated
+        return value.const_value.dtype if value.const_value.dtype in _LOW else None
+    return value.dtype if value.dtype in _LOW and isinstance(value.type, ir.TensorType) else None
 
 
 def _wide(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
@@ -111,9 +114,8 @@ class _Rounder:
     def __init__(self, names: set[str | None]) -> None:
         self.names = names
 
-    def round(self, value: ir.Value, node: ir.Node, dtype: ir.DataType | None) -> None:
+    def round(self, value: ir.Value, node: ir.Node, dtype: ir.DataType) -> None:
         """Puts casts to `dtype` and back behind `value`; the rounded tensor takes its name."""
-        assert dtype is not None
         assert node.graph is not None
         rounded = _float_like(value, value.name)
         value.name = self._fresh(f"{value.name}_unrounded")
@@ -126,7 +128,7 @@ class _Rounder:
         casts = []
         for value in graph.inputs:
             uses = list(value.uses())
-            if _is_low(value) and uses:
+            if _low_type(value) and uses:
                 casts.append(self._cast(value, ir.DataType.FLOAT))
                 for user, index in uses:
                     user.replace_input_with(index, casts[-1].outputs[0])
