@@ -408,6 +408,12 @@ def _gpu_stream() -> int:
             f"the current device is cuda:{torch.cuda.current_device()}, and the engine is on cuda:0",
             fix="call it under `with torch.cuda.device(0):`, or choose the GPU with CUDA_VISIBLE_DEVICES",
         )
+    if torch.cuda.is_current_stream_capturing():
+        raise ConfigError(
+            "the current stream is being captured in a CUDA graph",
+            why="an engine's call waits for what other streams do with its memory, which no graph can hold",
+            fix="capture what comes before and after it; the engine replays a graph of its own",
+        )
     return int(torch.cuda.current_stream().cuda_stream)
 
 

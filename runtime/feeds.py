@@ -10,7 +10,7 @@ import torch
 
 from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.lanes import Shape
-from trtforge.runtime.specs import TensorSpec
+from trtforge.runtime.specs import DTYPES, TensorSpec
 from trtforge.runtime.suggest import nearest
 from trtforge.runtime.torch_runner import to_torch
 
@@ -31,12 +31,13 @@ def torch_dtype(name: str) -> torch.dtype:
     Raises:
         ConfigError: torch has none of that name (a packed 4-bit type).
     """
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
+    # torch's own int4 is a name without operations.
+    if name not in DTYPES and name != "float8_e4m3fn":
         raise ConfigError(
             f"an input or output of the engine is {name}, which torch lacks",
             fix="keep inputs and outputs in float; quantize inside the model",
         )
+    dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 

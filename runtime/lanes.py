@@ -22,7 +22,6 @@ Shape = tuple[int, ...]
 OnLayer = Callable[[str, float], None]
 """Receives the name and the time, in ms, of each layer of each run."""
 
-_CAPTURE_ATTEMPTS = 3
 _SIGHTINGS_KEPT = 1024
 _CLOSING_S = 30.0
 
@@ -50,8 +49,11 @@ class Context(Protocol):
         """Runs once, in the stream's order; the host does not wait."""
         ...
 
-    def capture(self, addresses: Sequence[int]) -> Graph | None:
-        """Records a run without running it; the same shapes must have run before. None: not this time."""
+    def capture(self, addresses: Sequence[int], *, wait: bool) -> Graph | None:
+        """Records a run without running it; it must have run before, since `set_shapes`, at these addresses.
+
+        None where that cannot be, or not now; `wait` makes it wait until it can be now.
+        """
         ...
 
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
@@ -162,7 +164,6 @@ class Lane:
         self.closed = False
         self._allocate = allocate
         self._graph_limit = graph_limit
-        self._attempts_left = _CAPTURE_ATTEMPTS
         self._buffers: list[Buffer] = []
         self._room: list[int] = []
         self._addresses: tuple[int, ...] = ()
@@ -205,12 +206,12 @@ class Lane:
         finally:
             context.end(stream)
         if graph is None and self._came_back(plan):
-            self._keep(plan, self._capture(addresses))
+            self._keep(plan, context.capture(addresses, wait=False))
 
     def bind(self, plan: Plan, addresses: Sequence[int], stream: int) -> Graph | None:
         """Runs once at the caller's addresses and captures that; None where nothing can be captured."""
         self.run_at(plan, addresses, None, stream)
-        return self._capture(addresses)
+        return self.context.capture(addresses, wait=True) if self._graph_limit else None
 
     def run_at(self, plan: Plan, addresses: Sequence[int], graph: Graph | None, stream: int) -> None:
         """Runs at the caller's addresses, by their graph where there is one."""
@@ -263,16 +264,6 @@ class Lane:
         if len(self._sighted) > _SIGHTINGS_KEPT:
             self._sighted.popitem(last=False)
         return False
-
-    def _capture(self, addresses: Sequence[int]) -> Graph | None:
-        if not self._graph_limit or not self._attempts_left:
-            return None
-        graph = self.context.capture(addresses)
-        if graph is None:
-            self._attempts_left -= 1
-        else:
-            self._attempts_left = _CAPTURE_ATTEMPTS
-        return graph
 
     def _keep(self, plan: Plan, graph: Graph | None) -> None:
         if graph is None:

@@ -94,7 +94,7 @@ class FakeContext:
         self.stream = self.gpu.handle()
         self.done, self.fork, self.join = (self.gpu.handle() for _ in range(3))
         self.shaped = None
-        self.ran_since_shaped = False
+        self.ran_at = None
         self.scratch = np.zeros(1 << 16, np.float32)
         self.closed = False
 
@@ -103,7 +103,7 @@ class FakeContext:
         if self.session.fail_shapes:
             raise ArtifactError("shapes fail")
         self.shaped = (profile, tuple(tuple(shape) for shape in inputs))
-        self.ran_since_shaped = False
+        self.ran_at = None
         self.session.shapings += 1
         return self.session.output_shapes(self.shaped[1])
 
@@ -133,15 +133,15 @@ class FakeContext:
             self.gpu.put(self.stream, "work", step)
         self.gpu.record(self.join, self.stream)
         self.gpu.wait(stream, self.join)
-        self.ran_since_shaped = True
+        self.ran_at = (self.shaped, tuple(addresses))
         self.session.runs += 1
         if self.on_layer:
             self.on_layer("first", 0.25)
             self.on_layer("second", 0.75)
 
-    def capture(self, addresses):
+    def capture(self, addresses, *, wait):
         self._alone()
-        assert self.ran_since_shaped, "captured before these shapes ran"
+        assert self.ran_at == (self.shaped, tuple(addresses)), "captured before it ran"
         if not self.session.capturable:
             return None
         self.session.captures += 1

@@ -9,12 +9,15 @@ from typing import Any
 
 from trtforge.runtime.errors import ArtifactError, ConfigError
 from trtforge.runtime.lanes import Graph, OnLayer, Shape
+from trtforge.runtime.trt.gate import GATE
 from trtforge.runtime.trt.load import OpenEngine
 from trtforge.runtime.trt.streams import CaptureError, Streams
 
 __all__ = ["GpuContext", "attach_profiler"]
 
 _log = logging.getLogger("trtforge.engine")
+
+_CAPTURE_ATTEMPTS = 3
 
 
 class GpuContext:
@@ -37,6 +40,7 @@ class GpuContext:
         self.profiler: Any = None
         """What `attach_profiler` gave: kept alive here."""
         self._profile = 0
+        self._attempts_left = _CAPTURE_ATTEMPTS
         self._bound: tuple[int, ...] = ()
         self._stream = streams.create_stream()
         self._done, self._fork, self._join = (streams.create_event() for _ in range(3))
@@ -48,6 +52,10 @@ class GpuContext:
             ConfigError: TensorRT refuses the shapes.
             ArtifactError: it cannot take the profile, or an output's shape depends on values.
         """
+        with GATE.shared():
+            return self._set_shapes(profile, inputs)
+
+    def _set_shapes(self, profile: int, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         context = self._context
         self._opened.log.errors.clear()
         if profile != self._profile:
@@ -78,35 +86,48 @@ class GpuContext:
         streams.record(self._fork, stream)
         streams.wait(self._stream, self._fork)
         try:
-            if not self._context.execute_async_v3(self._stream):
+            with GATE.shared():
+                ran = self._context.execute_async_v3(self._stream)
+            if not ran:
                 raise self._opened.refused("failed while it ran")
         finally:
             streams.record(self._join, self._stream)
             streams.wait(stream, self._join)
 
-    def capture(self, addresses: Sequence[int]) -> Graph | None:
+    def capture(self, addresses: Sequence[int], *, wait: bool) -> Graph | None:
         """See `lanes.Context`."""
-        # Only TensorRT-RTX has the question: false with some control flow, and where memory is allocated at run time.
+        # Only TensorRT-RTX has the question: no with some control flow, and where memory is allocated at run time.
         capturable = getattr(self._context, "is_stream_capturable", None)
-        if capturable is not None and not capturable(self._stream):
-            _log.info("%s cannot be captured in a CUDA graph", self._opened.path)
+        if not self._attempts_left or (capturable is not None and not capturable(self._stream)):
             return None
         self._bind(addresses)
+        with GATE.alone(wait=wait) as entered:
+            if not entered:
+                return None
+            handle = self._record()
+        if not handle:
+            self._attempts_left -= 1
+            return None
+        self._attempts_left = _CAPTURE_ATTEMPTS
+        return _GpuGraph(self._streams, handle)
+
+    def _record(self) -> int:
         streams = self._streams
         streams.begin_capture(self._stream)
         ran = False
         try:
             ran = self._context.execute_async_v3(self._stream)
         finally:
+            handle = 0
+            # A capture must be ended, whatever happened; a graph of half a run must not be kept.
             try:
                 handle = streams.end_capture(self._stream)
             except CaptureError as error:
-                handle = 0
                 _log.info("no CUDA graph of %s: %s", self._opened.path, error)
-        if not handle:
-            return None
-        graph = _GpuGraph(streams, handle)
-        return graph if ran else None
+            if handle and not ran:
+                streams.destroy_graph(handle)
+                handle = 0
+        return handle
 
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
         """See `lanes.Context`."""

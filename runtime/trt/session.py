@@ -15,6 +15,7 @@ from trtforge.runtime.specs import TensorSpec
 from trtforge.runtime.trt.backend import find_backend
 from trtforge.runtime.trt.context import GpuContext, attach_profiler
 from trtforge.runtime.trt.cuda import Cuda
+from trtforge.runtime.trt.gate import GATE
 from trtforge.runtime.trt.load import OpenEngine, check_fit
 from trtforge.runtime.trt.runtime_cache import RuntimeCacheFile
 from trtforge.runtime.trt.streams import Streams
@@ -48,7 +49,8 @@ class EngineSession:
         here = check_fit(path, found, version=version, device=device)
         self._cuda = Cuda()
         self._streams = Streams(self._cuda)
-        self._opened = OpenEngine(path, found)
+        with GATE.shared():
+            self._opened = OpenEngine(path, found)
         self._opening = threading.Lock()
         self._compiler = _Compiler(self._opened, here, digest) if found.name == "tensorrt-rtx" else None
         self._saved_at = time.monotonic()
@@ -81,7 +83,7 @@ class EngineSession:
             ArtifactError: TensorRT gives none, for want of memory most often.
         """
         opened = self._opened
-        with self._opening:
+        with self._opening, GATE.shared():
             opened.log.errors.clear()
             create = self._compiler.create_context if self._compiler else opened.engine.create_execution_context
             context = create_with_matching_tf32(create, opened.log.errors.clear)
