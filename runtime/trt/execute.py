@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -21,11 +19,9 @@ from trtforge.runtime.runner import Array, Tensors
 from trtforge.runtime.specs import TensorSpec
 from trtforge.runtime.suggest import nearest
 from trtforge.runtime.tensors import group_samples, load_tensors, save_tensors
-from trtforge.runtime.trt.backend import Backend, find_backend, import_backend
+from trtforge.runtime.trt.backend import find_backend
 from trtforge.runtime.trt.cuda import Cuda, DeviceBuffer
-from trtforge.runtime.trt.dtypes import dtype_name
-from trtforge.runtime.trt.header import read_rtx_header
-from trtforge.runtime.trt.messages import BuildLog, make_logger
+from trtforge.runtime.trt.load import OpenEngine, ProfileShapes, check_fit
 from trtforge.runtime.trt.tf32 import create_with_matching_tf32
 
 __all__ = ["EngineRunner", "inspect_engine", "inspect_task", "run_engine", "run_task"]
@@ -49,38 +45,28 @@ class EngineRunner:
     """
 
     def __init__(self, engine: Path, backend: str = "auto") -> None:
-        self._backend = find_backend(backend)
-        _check_fit(engine, self._backend)
-        self._trt = import_backend(self._backend)
-        self._log, self._logger = _runtime_logger(self._trt)
+        found = find_backend(backend)
+        check_fit(engine, found)
         self._cuda = Cuda()
         self._buffers: dict[str, DeviceBuffer] = {}
-        self._path = engine
-        self._log.errors.clear()
-        # Each of these stays referenced as long as the next one lives: TensorRT does not see to it.
-        try:
-            self._runtime: Any = self._trt.Runtime(self._logger)
-        except TypeError as error:  # the bindings' word for a null pointer
-            raise self._refused("finds no runtime") from error
-        self._engine: Any = self._runtime.deserialize_cuda_engine(_read(engine))
-        if self._engine is None:
-            raise self._refused("does not load")
-        create = self._engine.create_execution_context
+        self._opened = OpenEngine(engine, found)
+        self._log = self._opened.log
+        create = self._opened.engine.create_execution_context
         self._context: Any = create_with_matching_tf32(create, self._log.errors.clear)
         if self._context is None:
-            raise self._refused("gives no execution context")
-        self._inputs, self._outputs = self._describe()
+            raise self._opened.refused("gives no execution context")
+        self._inputs, self._outputs = self._opened.inputs, self._opened.outputs
         self._profile = 0
 
     @property
     def name(self) -> str:
         """`"tensorrt"` or `"tensorrt-rtx"`."""
-        return self._backend.name
+        return self._opened.backend.name
 
     @property
     def version(self) -> str:
         """The version of the backend."""
-        return self._backend.version
+        return self._opened.backend.version
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -93,12 +79,9 @@ class EngineRunner:
         return self._outputs
 
     @property
-    def profiles(self) -> tuple[dict[str, tuple[tuple[int, ...], ...]], ...]:
+    def profiles(self) -> tuple[ProfileShapes, ...]:
         """For each optimization profile the min, opt and max shape by input name."""
-        return tuple(
-            {spec.name: tuple(self._range(spec, number)) for spec in self._inputs}
-            for number in range(self._engine.num_optimization_profiles)
-        )
+        return self._opened.profiles
 
     def run(self, feeds: Tensors, *, profile: int | None = None) -> dict[str, Array]:
         """Outputs by name for one set of inputs; waits for the GPU.
@@ -132,7 +115,7 @@ class EngineRunner:
             )
         results = {spec.name: self._make_output(spec) for spec in self._outputs}
         if not self._context.execute_async_v3(self._cuda.stream):
-            raise self._refused("failed while it ran")
+            raise self._opened.refused("failed while it ran")
         for name, result in results.items():
             self._cuda.copy_out(result, self._buffers[name])
         # `arrays` and `results` are read and written until here.
@@ -141,44 +124,20 @@ class EngineRunner:
 
     def layers(self) -> Any:
         """What TensorRT made of the network: the engine inspector's JSON, with `Layers` and the tensors in and out."""
-        inspector = self._engine.create_engine_inspector()
+        inspector = self._opened.engine.create_engine_inspector()
         inspector.execution_context = self._context
-        text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
+        text = inspector.get_engine_information(self._opened.trt.LayerInformationFormat.JSON)
         return json.loads(text)
 
     def close(self) -> None:
         """Frees the engine and its memory; the runner is of no use afterwards."""
         self._cuda.make_current()
-        self._context = self._engine = self._runtime = None
+        self._context = None
+        self._opened.close()
         for buffer in self._buffers.values():
             buffer.free()
         self._buffers.clear()
         self._cuda.close()
-
-    def _describe(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        inputs: list[TensorSpec] = []
-        outputs: list[TensorSpec] = []
-        for number in range(self._engine.num_io_tensors):
-            name = self._engine.get_tensor_name(number)
-            if self._engine.get_tensor_location(name) != self._trt.TensorLocation.DEVICE:
-                raise ArtifactError(
-                    f"the tensor {name!r} of {self._path} lives on the host: its values decide shapes",
-                    fix="take sizes from an input's shape instead of an input's values, and build again",
-                )
-            shape = tuple(
-                size if size >= 0 else f"{name}[{axis}]"
-                for axis, size in enumerate(self._engine.get_tensor_shape(name))
-            )
-            spec = TensorSpec(name, dtype_name(self._engine.get_tensor_dtype(name)), shape)
-            is_input = self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
-            (inputs if is_input else outputs).append(spec)
-        return tuple(inputs), tuple(outputs)
-
-    def _range(self, spec: TensorSpec, profile: int) -> list[tuple[int, ...]]:
-        fixed = tuple(size for size in spec.shape if isinstance(size, int))
-        if len(fixed) == len(spec.shape):  # profiles leave inputs of fixed shape out
-            return [fixed] * 3
-        return [tuple(shape) for shape in self._engine.get_tensor_profile_shape(spec.name, profile)]
 
     def _check_feeds(self, feeds: Tensors) -> dict[str, Array]:
         names = [spec.name for spec in self._inputs]
@@ -216,7 +175,7 @@ class EngineRunner:
         chosen = self._profile if self._profile in fitting else fitting[0]
         if chosen != self._profile:
             if not self._context.set_optimization_profile_async(chosen, self._cuda.stream):
-                raise self._refused(f"cannot switch to profile {chosen}")
+                raise self._opened.refused(f"cannot switch to profile {chosen}")
             self._cuda.synchronize()
             self._profile = chosen
 
@@ -239,15 +198,8 @@ class EngineRunner:
                 buffer.free()
             buffer = self._buffers[name] = self._cuda.allocate(size_bytes)
         if not self._context.set_tensor_address(name, buffer.address):
-            raise self._refused(f"refuses the memory of {name!r}")
+            raise self._opened.refused(f"refuses the memory of {name!r}")
         return buffer
-
-    def _refused(self, what: str) -> ArtifactError:
-        return ArtifactError(
-            f"the engine {self._path} {what} with {self._backend}",
-            why="; ".join(self._log.errors[-5:]),
-            fix="build the engine again on this machine, with this release",
-        )
 
 
 def run_engine(
@@ -348,42 +300,6 @@ def _in_child(task: str, args: Mapping[str, Any], engine: Path, on_event: OnEven
             f"the engine {engine} ended its process natively ({error.signal})",
             why=error.why,
             fix="build the engine again on this machine, with this release",
-        ) from error
-
-
-def _check_fit(engine: Path, backend: Backend) -> None:
-    rebuild = "build the engine again with this release, or install the one that built it"
-    if backend.name == "tensorrt-rtx":
-        header = read_rtx_header(engine)
-        if header.version != backend.version:
-            raise ArtifactError(
-                f"the engine {engine} was built by TensorRT-RTX {header.version}, and {backend.version} is installed",
-                why="TensorRT-RTX loads only what the very same release built",
-                fix=f"{rebuild}: pip install tensorrt-rtx=={header.version}",
-            )
-    device = device_facts()
-    if device is None:
-        raise ArtifactError("an engine runs on a GPU alone, and there is none here", fix="run this on the target")
-    if not backend.capabilities.runs_on(device.compute_capability):
-        raise ArtifactError(
-            f"{backend} does not run on {device.name} (compute capability {device.compute_capability})",
-            fix="use another GPU or another release of the backend",
-        )
-
-
-@functools.cache
-def _runtime_logger(trt: ModuleType) -> tuple[BuildLog, Any]:
-    # TensorRT warns of a second logger in a process, and says that it will be ignored.
-    log = BuildLog(no_gpu=False, on_node=lambda _: None)
-    return log, make_logger(trt, log)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot read the engine {path}: {error.strerror}", fix="copy the artifact whole"
         ) from error
 
 
