@@ -19,7 +19,7 @@ from trtforge.calibration.placement import Placement, QuantizedTensor, Use
 from trtforge.calibration.ranges import QuantFormat, Ranges
 from trtforge.calibration.weights import constant_array, fit_scale, is_constant, quantize_weight
 from trtforge.runtime.errors import CalibrationError
-from trtforge.runtime.graph import META_ORIGIN
+from trtforge.runtime.graph import META_LINE, META_MODULE, META_ORIGIN
 from trtforge.runtime.suggest import nearest
 
 __all__ = ["ORIGIN", "InsertReport", "insert_qdq"]
@@ -116,9 +116,10 @@ class _Writer:
             scale = fit_scale(ranges[tensor.measured].scale(tensor.format), tensor.format, dtype)
             base = value.name or tensor.name
             arguments = self._parameters(base, np.array(scale, dtype=np.float32), tensor.format, dtype)
-            quantize = self._node("QuantizeLinear", [value, *arguments], base, "quantized")
+            reader = self.nodes[uses[0].node]
+            quantize = self._node("QuantizeLinear", [value, *arguments], base, "quantized", reader)
             quantize.outputs[0].dtype = _CODES[tensor.format]
-            dequantize = self._node("DequantizeLinear", [quantize.outputs[0], *arguments], base, "dequantized")
+            dequantize = self._node("DequantizeLinear", [quantize.outputs[0], *arguments], base, "dequantized", reader)
             dequantize.outputs[0].dtype = dtype
             quantize.outputs[0].shape = dequantize.outputs[0].shape = value.shape
             self._connect(uses, dequantize.outputs[0], [quantize, dequantize])
@@ -135,7 +136,8 @@ class _Writer:
             stored = self._initializer(f"{base}_codes", ir.Tensor(codes, dtype=_CODES[format]))
             arguments = self._parameters(base, scales, format, dtype)
             attributes = {} if axis is None else {"axis": axis}
-            dequantize = self._node("DequantizeLinear", [stored, *arguments], base, "dequantized", attributes)
+            reader = self.nodes[same[0].node]
+            dequantize = self._node("DequantizeLinear", [stored, *arguments], base, "dequantized", reader, attributes)
             dequantize.outputs[0].dtype = dtype
             dequantize.outputs[0].shape = ir.Shape(codes.shape)
             self._connect(same, dequantize.outputs[0], [dequantize])
@@ -200,10 +202,19 @@ class _Writer:
         ]
 
     def _node(
-        self, op: str, inputs: list[ir.Value], base: str, suffix: str, attributes: dict[str, int] | None = None
+        self,
+        op: str,
+        inputs: list[ir.Value],
+        base: str,
+        suffix: str,
+        reader: ir.Node,
+        attributes: dict[str, int] | None = None,
     ) -> ir.Node:
         node = ir.node(op, inputs, attributes, name=_unique(f"{base}/{op}", self.names))
         node.metadata_props[META_ORIGIN] = ORIGIN
+        for key in (META_MODULE, META_LINE):
+            if key in reader.metadata_props:
+                node.metadata_props[key] = reader.metadata_props[key]
         node.outputs[0].name = _unique(f"{base}_{suffix}", self.values)
         return node
 
