@@ -275,6 +275,6 @@ def _why_unmatched(rule: Rule, nodes: list[NodeRef]) -> str:
         return f"nearest ids: {nearest(rule.id, {node.id for node in nodes})}"
     if rule.op is not None and not any(fnmatch.fnmatchcase(node.op, rule.op) for node in nodes):
         return f"no operator {rule.op!r}; {nearest(rule.op, {node.op for node in nodes})}"
-    if rule.module is not None:
+    if rule.module is not None and not any(_module_matches(rule.module, node.module) for node in nodes):
         return f"no such module; {nearest(rule.module, {node.module for node in nodes if node.module})}"
     return "its selectors match no node together"

@@ -95,6 +95,8 @@ def test_extra_outputs_find_external_weights(tmp_path: Path) -> None:
     assert (tmp_path / "m.onnx.data").exists()
     runner = OnnxRuntimeRunner(path, extra_outputs=["t"])
     assert runner.run({"x": np.zeros(4, np.float32)})["t"].tolist() == [1, 2, 3, 4]
+    from_bytes = OnnxRuntimeRunner(path.read_bytes(), data_folder=tmp_path)
+    assert from_bytes.run({"x": np.zeros(4, np.float32)})["y"].tolist() == [-1, -2, -3, -4]
 
 
 @pytest.mark.parametrize(
