@@ -341,9 +341,9 @@ def test_wrong_inputs_say_what_and_the_next_call_works(built):
         assert engine.copies == 2
         with (
             pytest.raises(ConfigError, match="being captured"),
-            torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
         ):
-            engine(x)
+            engine(x + 1)
         assert torch.equal(engine(x)["y"], expected)
 
 
