@@ -170,7 +170,10 @@ class PrecisionPlan:
             data["graph"] = self.graph
         if self.rules:
             data["rules"] = [_rule_data(rule) for rule in self.rules]
-        return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120))
+        text = str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120))
+        if yaml.safe_load(text) != data:  # PyYAML loses U+0085, a line break to YAML, unless it writes plain ASCII
+            text = str(yaml.safe_dump(data, sort_keys=False, width=120))
+        return text
 
     @classmethod
     def from_yaml(cls, text: str, *, name: str = "plan") -> PrecisionPlan:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trtforge.runtime.errors import ConfigError
@@ -47,7 +47,9 @@ def precisions(plan: PrecisionPlan, nodes: list[NodeRef] = NODES) -> dict[str, s
     return {node: assignment.precision for node, assignment in plan.resolve(nodes).items()}
 
 
+@settings(max_examples=200, deadline=None)
 @given(plans)
+@example(PrecisionPlan(rules=(Rule("fp16", op="Conv", reason="\x85S÷"),)))
 def test_yaml_reads_back_equal(plan: PrecisionPlan) -> None:
     again = PrecisionPlan.from_yaml(plan.to_yaml())
     if not plan.quantizes:
