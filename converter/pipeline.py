@@ -337,11 +337,10 @@ def _runs_here(backend: Backend) -> bool:
 
 def _export_tolerance(overrides: Any) -> Tolerance:
     """The float graph is held to fp32's limits, whatever the plan; only a user's looser limit loosens it."""
-    from trtforge.validation.tolerance import DEFAULTS
+    from trtforge.validation.tolerance import EXPORT
 
-    base = DEFAULTS["fp32"]
-    looser = {name: value for name, value in overrides.items() if _is_looser(name, value, getattr(base, name))}
-    return replace(base, **looser)
+    looser = {name: value for name, value in overrides.items() if _is_looser(name, value, getattr(EXPORT, name))}
+    return replace(EXPORT, **looser)
 
 
 def _is_looser(name: str, value: float, default: float | None) -> bool:

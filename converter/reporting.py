@@ -68,9 +68,9 @@ def read_report(folder: Path) -> ReportData:
 
 
 def _polygraphy_lines(folder: Path, proof: Proof, facts: Mapping[str, Any]) -> dict[str, str]:
-    report = proof.reports[-1]
-    if report.candidate.note:  # emulated: Polygraphy would run another graph
+    if not proof.reports or proof.reports[-1].candidate.note:  # nothing ran, or emulated: Polygraphy runs another graph
         return {}
+    report = proof.reports[-1]
     file = {"export": REFERENCE, "precision": "model.onnx", "engine": "model.engine"}[report.candidate.stage]
     backend = facts["engine"]["backend"] if facts.get("engine") else ""
     line = polygraphy_command(report, POLYGRAPHY, model=file, backend=backend)

@@ -18,7 +18,7 @@ from trtforge.runtime.trt.backend import Backend, find_backend
 from trtforge.validation.golden import GoldenSet
 from trtforge.validation.parity import ParityReport
 from trtforge.validation.proof import Proof
-from trtforge.validation.tolerance import DEFAULTS, Tolerance
+from trtforge.validation.tolerance import EXPORT, Tolerance
 
 __all__ = ["check_fits", "validate_artifact"]
 
@@ -84,7 +84,7 @@ def check_fits(artifact: Artifact, device: DeviceFacts) -> Backend:
 
 def _prove_graphs(artifact: Artifact, bench: Bench) -> None:
     used = set(artifact.facts["used_precisions"])
-    tolerance = Tolerance.from_json(artifact.facts["tolerance"] or DEFAULTS["fp32"].to_json())
+    tolerance = Tolerance.from_json(artifact.facts["tolerance"] or EXPORT.to_json())
     for path, stage in ((artifact.reference, "export"), (artifact.model, "precision")):
         if stage == "precision" and path == artifact.reference:
             continue

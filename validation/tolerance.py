@@ -12,7 +12,7 @@ from trtforge.runtime.precision import Precision
 from trtforge.runtime.suggest import nearest
 from trtforge.validation.metrics import Measures
 
-__all__ = ["DEFAULTS", "SAMPLE_LEEWAY_DB", "Tolerance", "resolve_tolerance"]
+__all__ = ["DEFAULTS", "EXPORT", "SAMPLE_LEEWAY_DB", "Tolerance", "resolve_tolerance"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +84,11 @@ class Tolerance:
 SAMPLE_LEEWAY_DB = 6.0
 """How much less SQNR one sample alone may have: twice the error. A fault at one shape costs far more."""
 
+EXPORT = Tolerance(sqnr_db=80, cosine=0.999999, max_abs_over_std=0.001)
+"""Limits of the float graph on onnxruntime's CPU provider, against PyTorch; the reasons stand below."""
+
 DEFAULTS: Mapping[Precision, Tolerance] = {
-    "fp32": Tolerance(sqnr_db=80, cosine=0.999999, max_abs_over_std=0.001),
+    "fp32": Tolerance(sqnr_db=70, cosine=0.999999, max_abs_over_std=0.003),
     "tf32": Tolerance(sqnr_db=30, cosine=0.999, max_abs_over_std=0.2),
     "fp16": Tolerance(sqnr_db=30, cosine=0.999, max_abs_over_std=0.2),
     "bf16": Tolerance(sqnr_db=18, cosine=0.99, max_abs_over_std=0.6),
@@ -113,7 +116,10 @@ value of the tensor as range); then two faults in fp32, a residual block left ou
 
 The last two are chaotic: batch norms that were fitted to untrained weights amplify every error. They mark the edge.
 
-- fp32: no TF32 result reaches 80 dB and every fp32 one does, so it tells, too, that TF32 was left on.
+- export: the float graph on onnxruntime. On CPUs no TF32 result reaches 80 dB and every fp32 one does.
+- fp32: GPUs sum long products one after the other. Measured on an H100 with RTX 1.6.1, TF32 off: one 3x3 convolution of
+  64 channels 107 dB, of 512 channels 91 dB; ResNet-50 76 dB, ViT-B/16 92 dB, LSTM 116 dB. 70 dB is below these and above
+  what TF32 leaves of most models: it tells, too, that TF32 was left on.
 - tf32, fp16: the same significand, so the same limits. fp16's range is another matter; it shows as NaN, Inf or 0 dB.
 - bf16: 3 bits (18 dB) less than fp16, whence most models keep 35 dB; the limit is what the chaotic ones keep.
 - int8, fp8: what the format costs is a matter of model and calibration, and task accuracy decides. These limits only

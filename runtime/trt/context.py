@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Sequence
@@ -61,7 +62,8 @@ class GpuContext:
         if profile != self._profile:
             # The change may copy on the stream: after the context's earlier work, and before all later.
             self._streams.wait(self._stream, self._done)
-            if not context.set_optimization_profile_async(profile, self._stream):
+            switch = functools.partial(context.set_optimization_profile_async, profile, self._stream)
+            if not self._opened.tf32(switch, self._opened.log.errors.clear):
                 raise self._opened.refused(f"cannot switch to profile {profile}")
             self._streams.record(self._done, self._stream)
             self._profile = profile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Mapping
@@ -22,7 +23,6 @@ from trtforge.runtime.tensors import group_samples, load_tensors, save_tensors
 from trtforge.runtime.trt.backend import find_backend
 from trtforge.runtime.trt.cuda import Cuda, DeviceBuffer
 from trtforge.runtime.trt.load import OpenEngine, ProfileShapes, check_fit
-from trtforge.runtime.trt.tf32 import create_with_matching_tf32
 
 __all__ = ["EngineRunner", "inspect_engine", "inspect_task", "run_engine", "run_task"]
 
@@ -52,7 +52,7 @@ class EngineRunner:
         self._opened = OpenEngine(engine, found)
         self._log = self._opened.log
         create = self._opened.engine.create_execution_context
-        self._context: Any = create_with_matching_tf32(create, self._log.errors.clear)
+        self._context: Any = self._opened.tf32(create, self._log.errors.clear)
         if self._context is None:
             raise self._opened.refused("gives no execution context")
         self._inputs, self._outputs = self._opened.inputs, self._opened.outputs
@@ -174,7 +174,8 @@ class EngineRunner:
         # The one in use first: a change of profile makes TensorRT set the context up anew.
         chosen = self._profile if self._profile in fitting else fitting[0]
         if chosen != self._profile:
-            if not self._context.set_optimization_profile_async(chosen, self._cuda.stream):
+            switch = functools.partial(self._context.set_optimization_profile_async, chosen, self._cuda.stream)
+            if not self._opened.tf32(switch, self._log.errors.clear):
                 raise self._opened.refused(f"cannot switch to profile {chosen}")
             self._cuda.synchronize()
             self._profile = chosen

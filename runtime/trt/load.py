@@ -15,6 +15,7 @@ from trtforge.runtime.trt.backend import Backend, import_backend
 from trtforge.runtime.trt.dtypes import dtype_name
 from trtforge.runtime.trt.header import read_rtx_header
 from trtforge.runtime.trt.messages import BuildLog, make_logger
+from trtforge.runtime.trt.tf32 import MatchingTf32
 
 __all__ = ["OpenEngine", "ProfileShapes", "check_fit"]
 
@@ -35,6 +36,7 @@ class OpenEngine:
         trt: TensorRT's Python module.
         log: What its logger said; one for the whole process.
         engine: The `ICudaEngine`; None after `close`.
+        tf32: Through it contexts are made, and their profiles changed.
         inputs: In the engine's order; engines forget the names of dimensions, so they are called `name[axis]`.
         outputs: In the engine's order.
         profiles: For each optimization profile the shapes by input name.
@@ -55,6 +57,7 @@ class OpenEngine:
             self._runtime: Any = self.trt.Runtime(logger)
         except TypeError as error:  # the bindings' word for a null pointer
             raise self.refused("finds no runtime") from error
+        self.tf32 = MatchingTf32()
         self.engine: Any = self._runtime.deserialize_cuda_engine(_read(path))
         if self.engine is None:
             raise self.refused("does not load")

@@ -19,7 +19,6 @@ from trtforge.runtime.trt.gate import GATE
 from trtforge.runtime.trt.load import OpenEngine, check_fit
 from trtforge.runtime.trt.runtime_cache import RuntimeCacheFile
 from trtforge.runtime.trt.streams import Streams
-from trtforge.runtime.trt.tf32 import create_with_matching_tf32
 
 __all__ = ["EngineSession"]
 
@@ -86,7 +85,7 @@ class EngineSession:
         with self._opening, GATE.shared():
             opened.log.errors.clear()
             create = self._compiler.create_context if self._compiler else opened.engine.create_execution_context
-            context = create_with_matching_tf32(create, opened.log.errors.clear)
+            context = opened.tf32(create, opened.log.errors.clear)
             if context is None:
                 raise opened.refused("gives no execution context")
         made = GpuContext(opened, self._streams, context)
