@@ -34,7 +34,7 @@ import torchvision
 import trtforge
 from trtforge.converter.artifact import Artifact
 from trtforge.runtime.trt.backend import find_backend, import_backend
-from trtforge.runtime.trt.tf32 import create_with_matching_tf32
+from trtforge.runtime.trt.tf32 import MatchingTf32
 
 ROUNDS = 9
 LIMITS = {"bind": 1.05, "call": 1.15}
@@ -56,7 +56,7 @@ def bare(path: Path, x: torch.Tensor) -> tuple[Call, float]:
     logger = trt.Logger(trt.Logger.ERROR)
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
-    context = create_with_matching_tf32(engine.create_execution_context, lambda: None)
+    context = MatchingTf32()(engine.create_execution_context, lambda: None)
     loaded = time.perf_counter() - started
     tensors = {}
     for number in range(engine.num_io_tensors):
