@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
+from trtforge.runtime.attention_masks import broadcast_masks, may_hold_attention
 from trtforge.runtime.child import Emit, OnEvent, run_child
 from trtforge.runtime.errors import ConfigError, ExportError, MissingDependencyError, ParityError
 from trtforge.runtime.runner import Array, Tensors
@@ -19,6 +20,8 @@ from trtforge.runtime.suggest import nearest
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    import onnx
 
 __all__ = ["OnnxRuntimeRunner", "run_onnx", "run_task"]
 
@@ -80,8 +83,9 @@ class OnnxRuntimeRunner:
             # whose whole range is below 1e-7: ResNet-18 fell from 24 to -5 dB, MobileNetV2 from 32 to 2 (1.32).
             disabled = ["ClipQuantRewrite", "ReluQuantRewrite"]
         source: str | bytes = model if isinstance(model, bytes) else str(model)
-        if extra_outputs:
-            source = _add_outputs(model, extra_outputs)
+        edited = _edit(model, extra_outputs)
+        if edited is not None:
+            source = edited
             data_folder = model.parent if isinstance(model, Path) else data_folder
         if data_folder is not None:
             folder = str(data_folder.resolve())
@@ -275,13 +279,29 @@ def _first_lines(error: Exception) -> str:
     return "\n    ".join(lines[:4])
 
 
-def _add_outputs(model: Path | bytes, names: Iterable[str]) -> bytes:
+def _edit(model: Path | bytes, extra_outputs: Sequence[str]) -> bytes | None:
+    """The model with more outputs, and with attention masks that onnxruntime takes; None where it is fine as it is."""
+    missing = isinstance(model, Path) and not model.is_file()
+    if missing or not (extra_outputs or may_hold_attention(model)):
+        return None
     import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    proto = (
-        onnx.load_model_from_string(model) if isinstance(model, bytes) else onnx.load(model, load_external_data=False)
-    )
-    graph = proto.graph
+    try:
+        proto = (
+            onnx.load_model_from_string(model)
+            if isinstance(model, bytes)
+            else onnx.load(model, load_external_data=False)
+        )
+    except DecodeError:  # onnxruntime says what is wrong
+        return None
+    changed = broadcast_masks(proto)
+    if extra_outputs:
+        _add_outputs(proto.graph, extra_outputs)
+    return bytes(proto.SerializeToString()) if changed or extra_outputs else None
+
+
+def _add_outputs(graph: onnx.GraphProto, names: Iterable[str]) -> None:
     present = {value.name for value in graph.output}
     known = {name for node in graph.node for name in node.output if name}
     known |= {value.name for value in graph.initializer} | {value.name for value in graph.input}
@@ -291,8 +311,7 @@ def _add_outputs(model: Path | bytes, names: Iterable[str]) -> bytes:
         if name not in present:
             present.add(name)
             # A name alone is enough: onnxruntime infers the type itself.
-            graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-    return bytes(proto.SerializeToString())
+            graph.output.add().name = name
 
 
 def _spec(arg: Any) -> TensorSpec:

@@ -124,6 +124,8 @@ def test_a_run_that_fails_is_a_parity_error() -> None:
 def test_a_model_that_does_not_load_is_an_export_error(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="a model of 3 bytes"):
         OnnxRuntimeRunner(b"abc")
+    with pytest.raises(ExportError, match="a model of 9 bytes"):
+        OnnxRuntimeRunner(b"Attention")
     with pytest.raises(ExportError, match=r"none\.onnx"):
         OnnxRuntimeRunner(tmp_path / "none.onnx")
     matmul = _model("g (bfloat16[2,2] x) => (bfloat16[2,2] y) { y = MatMul(x, x) }")
@@ -150,6 +152,30 @@ def test_disable_quant_qdq_keeps_fake_quantization() -> None:
     x = np.array([[0.26]], np.float32)
     y = OnnxRuntimeRunner(_model(text), disable_quant_qdq=True).run({"x": x})["y"]
     assert y.item() == pytest.approx(0.3 * 1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("mask", ["bool[2,1,1,5]", "float[2,1,1,5]", "float[1,5]", "float[5]", "bool[2,3,4,5]"])
+def test_attention_masks_may_broadcast_over_rows(mask: str, tmp_path: Path) -> None:
+    """As ONNX says and torch exports them; onnxruntime alone refuses all but the last."""
+    text = f"""g (float[2,3,4,8] q, float[2,3,5,8] k, {mask} m, bool c) => (float[2,3,4,8] y, float[2,3,4,8] z) {{
+        y = Attention(q, k, k, m)
+        z = If(c)<then_branch = t () => (float[2,3,4,8] a) {{ a = Attention(q, k, k, m) }},
+                  else_branch = e () => (float[2,3,4,8] b) {{ b = Identity(q) }}> }}"""
+    random = np.random.default_rng(0)
+    q, k = (random.standard_normal((2, 3, rows, 8)).astype(np.float32) for rows in (4, 5))
+    kind, _, dims = mask.rstrip("]").partition("[")
+    m = random.standard_normal([int(dim) for dim in dims.split(",")]).astype(np.float32)
+    m = m > -1 if kind == "bool" else m
+    path = tmp_path / "m.onnx"
+    path.write_bytes(_model(text, opset=23))
+    scores = np.einsum("bhld,bhsd->bhls", q, k) / np.sqrt(8)
+    scores = np.exp(np.where(m, scores, -np.inf) if kind == "bool" else scores + m)
+    expected = np.einsum("bhls,bhsd->bhld", scores / scores.sum(-1, keepdims=True), k)
+    for model in (path, path.read_bytes()):
+        got = OnnxRuntimeRunner(model, threads=1).run({"q": q, "k": k, "m": m, "c": np.array(True)})
+        assert list(got) == ["y", "z"]
+        np.testing.assert_allclose(got["y"], expected, atol=1e-5)
+        np.testing.assert_allclose(got["z"], expected, atol=1e-5)
 
 
 def test_a_child_runs_every_sample(tmp_path: Path) -> None:
