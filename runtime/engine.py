@@ -25,7 +25,7 @@ from trtforge.runtime.feeds import (
     fetch_tensor,
     torch_dtype,
 )
-from trtforge.runtime.lanes import Buffer, Lane, Lanes, Plan, Session, Shape
+from trtforge.runtime.lanes import Buffer, Lane, Lanes, OnLayer, Plan, Session, Shape
 from trtforge.runtime.layer_times import LayerTimes
 from trtforge.runtime.specs import TensorSpec
 from trtforge.runtime.torch_runner import from_torch
@@ -51,7 +51,7 @@ class Engine:
 
     Shapes choose their optimization profile by themselves. The first call with new shapes may compile; the second
     captures a CUDA graph, which all further calls with these shapes replay. Any number of threads may call. Calls on
-    one stream follow each other; calls on several streams overlap, on up to `contexts` execution contexts.
+    one stream follow each other; calls on several streams overlap, on up to `contexts` execution contexts a profile.
 
     While a graph is captured CUDA lets no thread wait for the whole device: `torch.cuda.synchronize()` fails then.
     Where threads run beside each other, wait for streams or events, or call each shape twice before the threads start.
@@ -62,7 +62,7 @@ class Engine:
         version: The release that built it.
         device: The GPU that it was built on, `{"name", "compute_capability", "sm_count"}`, where that is known.
         digest: The plan file's SHA-256 in hex, where the caller knows it.
-        contexts: How many execution contexts there may be; each takes the engine's scratch memory.
+        contexts: How many execution contexts each profile may have; each takes the engine's scratch memory.
         graphs: How many CUDA graphs each context keeps; 0 for none.
 
     Raises:
@@ -169,10 +169,10 @@ class Engine:
             )
         stream = self._enter()
         shapes = tuple([tensor.shape for tensor in tensors])
-        plan = self._plans.get(shapes)
-        lane = self._lanes.acquire(stream)
+        known = self._plans.get(shapes)
+        lane = self._lanes.acquire(stream, known.profile if known else self._profile_for(shapes))
         try:
-            plan = plan or self._make_plan(lane, shapes)
+            plan = known or self._make_plan(lane, shapes)
             outputs = self._check_out(out, plan)
             addresses = aligned_addresses(
                 (*self._inputs, *self._outputs), (*tensors, *outputs), self._session.alignment
@@ -198,14 +198,13 @@ class Engine:
         """
         self._enter()
         times = LayerTimes()
-        lane = Lane(self._session.open_context(times.add), _allocator(self._device), 0)
-        before, self._thread.profiled = self._thread.profiled, lane
+        lanes = Lanes(_opener(self._session, self._device, 0, times.add), 1)
+        before, self._thread.lanes = self._thread.lanes, lanes
         try:
             yield times
         finally:
-            self._thread.profiled = before
-            with lane.lock:
-                lane.close()
+            self._thread.lanes = before
+            lanes.close()
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -299,11 +298,8 @@ class Engine:
         stream = self._enter()
         shapes = tuple([tensor.shape for tensor in tensors])
         known = self._plans.get(shapes)
-        lane = self._thread.profiled
-        if lane is None:
-            lane = self._lanes.acquire(stream)
-        else:
-            lane.lock.acquire()
+        lanes = self._thread.lanes or self._lanes
+        lane = lanes.acquire(stream, known.profile if known else self._profile_for(shapes))
         try:
             plan = known or self._make_plan(lane, shapes)
             outputs = self._make_outputs(plan)
@@ -325,14 +321,16 @@ class Engine:
             self._thread.entered = True
         return stream
 
+    def _profile_for(self, shapes: tuple[Shape, ...]) -> int:
+        return choose_profile(self._session.profiles, self._inputs, [tuple(shape) for shape in shapes])
+
     def _make_plan(self, lane: Lane, shapes: tuple[Shape, ...]) -> Plan:
         inputs = tuple(tuple(shape) for shape in shapes)
-        profile = choose_profile(self._session.profiles, self._inputs, inputs)
-        outputs = lane.output_shapes(profile, inputs)
+        outputs = lane.output_shapes(inputs)
         sizes = [_size(shape, dtype) for shape, dtype in zip(inputs, self._input_dtypes, strict=True)]
         sizes += [_size(shape, dtype) for shape, dtype in zip(outputs, self._output_dtypes, strict=True)]
         with self._changing:
-            plan = self._plans.setdefault(inputs, Plan(profile, inputs, outputs, tuple(sizes)))
+            plan = self._plans.setdefault(inputs, Plan(lane.profile, inputs, outputs, tuple(sizes)))
             if len(self._plans) > _PLANS_KEPT:
                 self._plans.pop(next(iter(self._plans)))
         return plan
@@ -369,20 +367,22 @@ class Engine:
 
 class _Thread(threading.local):
     entered: bool = False
-    profiled: Lane | None = None
+    lanes: Lanes | None = None
 
 
-def _opener(session: Session, device: torch.device, graphs: int) -> Callable[[], Lane]:
-    def open_lane() -> Lane:
+def _opener(
+    session: Session, device: torch.device, graphs: int, on_layer: OnLayer | None = None
+) -> Callable[[int], Lane]:
+    def open_lane(profile: int) -> Lane:
         session.enter_thread()
         try:
-            context = session.open_context()
+            context = session.open_context(profile, on_layer)
         except ArtifactError:
             if device.type != "cuda":
                 raise
             torch.cuda.empty_cache()  # torch may sit on what TensorRT needs
-            context = session.open_context()
-        return Lane(context, _allocator(device), graphs)
+            context = session.open_context(profile, on_layer)
+        return Lane(context, profile, _allocator(device), graphs)
 
     return open_lane
 

@@ -35,13 +35,13 @@ class Graph(Protocol):
 
 
 class Context(Protocol):
-    """One execution context. One thread at a time; several contexts of one session run at once.
+    """One execution context, in one optimization profile. One thread at a time; several contexts run at once.
 
     Work that touches the context's memory stands between `begin` and `end`, so that it never overlaps on the GPU with
     the context's earlier work, whatever the streams. Addresses come in the order of the session's inputs, then outputs.
     """
 
-    def set_shapes(self, profile: int, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+    def set_shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Prepares a run and says the outputs' shapes."""
         ...
 
@@ -100,8 +100,8 @@ class Session(Protocol):
         """Bytes of which every address must be a multiple."""
         ...
 
-    def open_context(self, on_layer: OnLayer | None = None) -> Context:
-        """A new context; with `on_layer` each of its runs waits for the GPU and reports its layers."""
+    def open_context(self, profile: int, on_layer: OnLayer | None = None) -> Context:
+        """A new context in a profile; with `on_layer` each of its runs waits for the GPU and reports its layers."""
         ...
 
     def enter_thread(self) -> None:
@@ -153,13 +153,15 @@ class Lane:
 
     Args:
         context: Owned by the lane.
+        profile: The context's.
         allocate: Makes the buffers.
         graph_limit: How many graphs are kept; the one used longest ago goes first.
     """
 
-    def __init__(self, context: Context, allocate: Allocate, graph_limit: int) -> None:
+    def __init__(self, context: Context, profile: int, allocate: Allocate, graph_limit: int) -> None:
         self.lock = threading.Lock()
         self.context = context
+        self.profile = profile
         self.stream: int | None = None
         self.closed = False
         self._allocate = allocate
@@ -169,18 +171,18 @@ class Lane:
         self._addresses: tuple[int, ...] = ()
         self._graphs: OrderedDict[Plan, Graph] = OrderedDict()
         self._sighted: OrderedDict[Plan, None] = OrderedDict()
-        self._shaped: tuple[int, Sequence[Shape]] | None = None
+        self._shaped: Sequence[Shape] | None = None
 
     @property
     def graphs(self) -> int:
         """How many graphs are kept."""
         return len(self._graphs)
 
-    def output_shapes(self, profile: int, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+    def output_shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """What the engine makes of inputs of these shapes."""
         self._shaped = None
-        shapes = self.context.set_shapes(profile, inputs)
-        self._shaped = (profile, inputs)
+        shapes = self.context.set_shapes(inputs)
+        self._shaped = inputs
         return shapes
 
     def call(self, plan: Plan, inputs: Sequence[int], outputs: Sequence[int], stream: int) -> None:
@@ -237,8 +239,8 @@ class Lane:
 
     def _set_shapes(self, plan: Plan) -> None:
         # Replays leave the context's shapes as they are, so they are known.
-        if self._shaped != (plan.profile, plan.inputs):
-            self.output_shapes(plan.profile, plan.inputs)
+        if self._shaped != plan.inputs:
+            self.output_shapes(plan.inputs)
 
     def _make_room(self, plan: Plan) -> None:
         if self._buffers and all(have >= need for have, need in zip(self._room, plan.sizes, strict=True)):
@@ -277,49 +279,43 @@ class Lane:
 class Lanes:
     """All lanes of an engine: concurrent callers get different ones, up to a limit; beyond it they take turns.
 
+    A lane keeps its optimization profile: a change would make TensorRT set its context up anew, under its graphs' feet.
+
     Args:
-        open_lane: Makes one more.
-        limit: How many there may be.
+        open_lane: Makes one more for a profile.
+        limit: How many there may be of each profile.
     """
 
-    def __init__(self, open_lane: Callable[[], Lane], limit: int) -> None:
+    def __init__(self, open_lane: Callable[[int], Lane], limit: int) -> None:
         self._open_lane = open_lane
         self._limit = limit
-        self._choosing = threading.Lock()
-        self._opening = False
+        self._changed = threading.Condition()
+        self._full: set[int] = set()
+        self._opening: set[int] = set()
         self._closed = False
         # The first at once: an engine that gives no context should fail when it is loaded.
-        self._lanes: list[Lane] = [open_lane()]
+        self._lanes: dict[int, list[Lane]] = {0: [open_lane(0)]}
 
     def __len__(self) -> int:
-        return len(self._lanes)
+        return sum(len(lanes) for lanes in self._lanes.values())
 
     @property
     def graphs(self) -> int:
         """How many graphs all lanes keep."""
-        return sum(lane.graphs for lane in self._lanes)
+        return sum(lane.graphs for lane in self._all())
 
-    def acquire(self, stream: int) -> Lane:
+    def acquire(self, stream: int, profile: int) -> Lane:
         """A lane for one call on a stream, locked; the caller releases `lock`.
 
-        The lane that this stream used last; else one without work; else a new one; else the one chosen longest ago.
-        Calls on one stream follow each other on the GPU anyway, so they share a lane, whatever threads they come from.
+        Of the profile's lanes the one that this stream used last; else one without work; else a new one; else the one
+        chosen longest ago. Calls on one stream follow each other on the GPU anyway, so they share a lane, whatever
+        threads they come from.
 
         Raises:
             ConfigError: the engine was closed.
+            ArtifactError: there is no memory for the first lane of a profile.
         """
-        with self._choosing:
-            lane = self._find(stream)
-            opening = lane is None and not self._opening and len(self._lanes) < self._limit
-            if opening:
-                self._opening = True
-            elif lane is None:
-                lane = self._lanes.pop(0)
-                self._lanes.append(lane)
-            if lane is not None:
-                lane.stream = stream
-        if opening or lane is None:
-            lane = self._open_another(stream)
+        lane = self._choose(stream, profile) or self._open(stream, profile)
         lane.lock.acquire()
         if lane.closed:
             lane.lock.release()
@@ -328,44 +324,72 @@ class Lanes:
 
     def close(self) -> None:
         """Waits for all calls and frees everything; further ones are refused."""
-        with self._choosing:
+        with self._changed:
             self._closed = True
-        for lane in self._lanes:
-            # Not for ever: at the interpreter's exit a daemon thread may hold it for good.
+            self._changed.notify_all()
+            # Not for ever, here and below: at the interpreter's exit a daemon thread may hold things for good.
+            self._changed.wait_for(lambda: not self._opening, timeout=_CLOSING_S)
+        for lane in self._all():
             if lane.lock.acquire(timeout=_CLOSING_S):
                 try:
                     lane.close()
                 finally:
                     lane.lock.release()
 
-    def _find(self, stream: int) -> Lane | None:
-        if self._closed:
-            raise _closed()
-        for lane in self._lanes:
-            if lane.stream == stream:
-                return lane
-        for lane in self._lanes:
-            if not lane.lock.locked() and lane.context.is_idle():
-                return lane
-        return None
+    def _all(self) -> list[Lane]:
+        return [lane for lanes in list(self._lanes.values()) for lane in lanes]
 
-    def _open_another(self, stream: int) -> Lane:
-        # Outside `_choosing`: it can take seconds, and other streams' calls go on meanwhile.
-        try:
-            lane = self._open_lane()
-        except ArtifactError:  # memory, most likely: what there is must do
-            with self._choosing:
-                self._limit = len(self._lanes)
-                self._opening = False
-                return self._lanes[0]
-        with self._choosing:
-            self._opening = False
-            if not self._closed:
-                lane.stream = stream
-                self._lanes.append(lane)
-                return lane
-        lane.close()
+    def _choose(self, stream: int, profile: int) -> Lane | None:
+        """A lane that is there; None: the caller has to open one."""
+        with self._changed:
+            while not self._closed:
+                lanes = self._lanes.setdefault(profile, [])
+                lane = _find(lanes, stream)
+                if lane is None and profile not in self._opening and self._may_open(profile, lanes):
+                    self._opening.add(profile)
+                    return None
+                if lane is None and lanes:
+                    lane = lanes.pop(0)
+                    lanes.append(lane)
+                if lane is not None:
+                    lane.stream = stream
+                    return lane
+                self._changed.wait()  # another thread opens the profile's first
         raise _closed()
+
+    def _may_open(self, profile: int, lanes: Sequence[Lane]) -> bool:
+        return not lanes or (len(lanes) < self._limit and profile not in self._full)
+
+    def _open(self, stream: int, profile: int) -> Lane:
+        # Not under the lock: it can take seconds, and other streams' calls go on meanwhile.
+        lane = None
+        try:
+            lane = self._open_lane(profile)
+        except ArtifactError:
+            if not self._lanes[profile]:
+                raise
+        finally:
+            with self._changed:
+                self._opening.discard(profile)
+                self._changed.notify_all()
+                if lane is None:
+                    self._full.add(profile)  # no memory, most likely: what there is must do
+                elif self._closed:
+                    lane.close()
+                else:
+                    lane.stream = stream
+                    self._lanes[profile].append(lane)
+        return lane or self._lanes[profile][0]
+
+
+def _find(lanes: Sequence[Lane], stream: int) -> Lane | None:
+    for lane in lanes:
+        if lane.stream == stream:
+            return lane
+    for lane in lanes:
+        if not lane.lock.locked() and lane.context.is_idle():
+            return lane
+    return None
 
 
 def _closed() -> ConfigError:

@@ -88,8 +88,8 @@ class FakeGraph:
 
 
 class FakeContext:
-    def __init__(self, session: FakeSession, on_layer) -> None:
-        self.session, self.on_layer = session, on_layer
+    def __init__(self, session: FakeSession, profile: int, on_layer) -> None:
+        self.session, self.profile, self.on_layer = session, profile, on_layer
         self.gpu = session.gpu
         self.stream = self.gpu.handle()
         self.done, self.fork, self.join = (self.gpu.handle() for _ in range(3))
@@ -98,18 +98,20 @@ class FakeContext:
         self.scratch = np.zeros(1 << 16, np.float32)
         self.closed = False
 
-    def set_shapes(self, profile, inputs):
+    def set_shapes(self, inputs):
         self._alone()
         if self.session.fail_shapes:
             raise ArtifactError("shapes fail")
-        self.shaped = (profile, tuple(tuple(shape) for shape in inputs))
+        least, _, most = self.session.profiles[self.profile]["x"]
+        assert all(a <= b <= c for a, b, c in zip(least, inputs[0], most, strict=True))
+        self.shaped = tuple(tuple(shape) for shape in inputs)
         self.ran_at = None
         self.session.shapings += 1
-        return self.session.output_shapes(self.shaped[1])
+        return self.session.output_shapes(self.shaped)
 
     def work(self, addresses, shaped):
         """Two steps, with the context's own memory between them: runs that overlap spoil each other."""
-        shape = shaped[1][0]
+        shape = shaped[0]
         count = math.prod(shape)
 
         def first() -> None:
@@ -192,11 +194,11 @@ class FakeSession:
     def output_shapes(self, shapes):
         return (shapes[0], shapes[0][:1])[: len(self.outputs)]
 
-    def open_context(self, on_layer=None):
+    def open_context(self, profile, on_layer=None):
         if self.fail_open:
             raise ArtifactError("no context")
         self.open += 1
-        return FakeContext(self, on_layer)
+        return FakeContext(self, profile, on_layer)
 
     def enter_thread(self):
         self.entered.yes = True

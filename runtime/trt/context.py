@@ -30,43 +30,40 @@ class GpuContext:
     Args:
         opened: The engine.
         streams: The driver.
-        context: An `IExecutionContext` of it, owned from here on.
+        context: An `IExecutionContext` of it, new, owned from here on.
+        profile: The optimization profile in which it stays.
+
+    Raises:
+        ArtifactError: it cannot take the profile.
     """
 
-    def __init__(self, opened: OpenEngine, streams: Streams, context: Any) -> None:
+    def __init__(self, opened: OpenEngine, streams: Streams, context: Any, profile: int) -> None:
         self._opened = opened
         self._streams = streams
         self._context = context
         self._names = [spec.name for spec in (*opened.inputs, *opened.outputs)]
         self.profiler: Any = None
         """What `attach_profiler` gave: kept alive here."""
-        self._profile = 0
         self._attempts_left = _CAPTURE_ATTEMPTS
         self._bound: tuple[int, ...] = ()
         self._stream = streams.create_stream()
         self._done, self._fork, self._join = (streams.create_event() for _ in range(3))
+        if profile:
+            self._enter_profile(profile)
 
-    def set_shapes(self, profile: int, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+    def set_shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """See `lanes.Context`.
 
         Raises:
             ConfigError: TensorRT refuses the shapes.
-            ArtifactError: it cannot take the profile, or an output's shape depends on values.
+            ArtifactError: an output's shape depends on values.
         """
         with GATE.shared():
-            return self._set_shapes(profile, inputs)
+            return self._set_shapes(inputs)
 
-    def _set_shapes(self, profile: int, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+    def _set_shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         context = self._context
         self._opened.log.errors.clear()
-        if profile != self._profile:
-            # The change may copy on the stream: after the context's earlier work, and before all later.
-            self._streams.wait(self._stream, self._done)
-            switch = functools.partial(context.set_optimization_profile_async, profile, self._stream)
-            if not self._opened.tf32(switch, self._opened.log.errors.clear):
-                raise self._opened.refused(f"cannot switch to profile {profile}")
-            self._streams.record(self._done, self._stream)
-            self._profile = profile
         for spec, shape in zip(self._opened.inputs, inputs, strict=True):
             if not context.set_input_shape(spec.name, tuple(shape)):
                 raise self._misshapen(f"the engine refuses shape {list(shape)} for input {spec.name!r}")
@@ -168,6 +165,14 @@ class GpuContext:
             if not self._context.set_tensor_address(name, address):
                 raise self._opened.refused(f"refuses the memory of {name!r}")
         self._bound = bound
+
+    def _enter_profile(self, profile: int) -> None:
+        switch = functools.partial(self._context.set_optimization_profile_async, profile, self._stream)
+        with GATE.shared():
+            if not self._opened.tf32(switch, self._opened.log.errors.clear):
+                raise self._opened.refused(f"cannot switch to profile {profile}")
+        # It may have copied on the stream: nothing of the context begins before that is done.
+        self._streams.record(self._done, self._stream)
 
     def _output_shape(self, name: str) -> Shape:
         shape = tuple(self._context.get_tensor_shape(name))

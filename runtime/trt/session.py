@@ -75,7 +75,7 @@ class EngineSession:
         """See `lanes.Session`."""
         return _ALIGNMENT
 
-    def open_context(self, on_layer: OnLayer | None = None) -> GpuContext:
+    def open_context(self, profile: int, on_layer: OnLayer | None = None) -> GpuContext:
         """See `lanes.Session`.
 
         Raises:
@@ -88,7 +88,7 @@ class EngineSession:
             context = opened.tf32(create, opened.log.errors.clear)
             if context is None:
                 raise opened.refused("gives no execution context")
-        made = GpuContext(opened, self._streams, context)
+        made = GpuContext(opened, self._streams, context, profile)
         if on_layer is not None:
             made.profiler = attach_profiler(opened, context, on_layer)
         self.kernels_changed()
@@ -108,15 +108,16 @@ class EngineSession:
         """See `lanes.Session`."""
         if self._unsaved:
             self._save()
-        self._compiler = None
-        self._opened.close()
+        with self._opening:
+            self._compiler = None
+            self._opened.close()
         self._cuda.close()
 
     def _save(self) -> None:
         self._unsaved = False
         self._saved_at = time.monotonic()
-        if self._compiler is not None:
-            with self._opening:
+        with self._opening:
+            if self._compiler is not None:
                 self._compiler.save()
 
 

@@ -317,7 +317,7 @@ def test_eight_threads_and_changing_shapes(built):
         with ThreadPoolExecutor(8) as pool:
             worst = list(pool.map(calls, range(8)))
         assert max(worst) < 1e-4, worst
-        assert engine.contexts <= 4
+        assert engine.contexts <= 8  # four a profile
 
 
 def test_wrong_inputs_say_what_and_the_next_call_works(built):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trtforge.runtime.engine import Engine
-from trtforge.runtime.errors import ConfigError
+from trtforge.runtime.errors import ArtifactError, ConfigError
 
 CPU = torch.device("cpu")
 
@@ -27,8 +28,10 @@ class Streams:
         return self.local.stream
 
 
-def _engine(gpu: FakeGpu, contexts: int, graphs: int = 4, outputs: int = 1) -> tuple[Engine, FakeSession, Streams]:
-    session, streams = FakeSession(gpu=gpu, outputs=outputs), Streams()
+def _engine(
+    gpu: FakeGpu, contexts: int, graphs: int = 4, outputs: int = 1, profiles=((1, 2, 8),)
+) -> tuple[Engine, FakeSession, Streams]:
+    session, streams = FakeSession(profiles, gpu=gpu, outputs=outputs), Streams()
     streams.local.stream = 1
     return Engine.over(session, CPU, streams, contexts=contexts, graphs=graphs), session, streams
 
@@ -38,12 +41,13 @@ def _engine(gpu: FakeGpu, contexts: int, graphs: int = 4, outputs: int = 1) -> t
     seed=st.integers(0, 2**32),
     contexts=st.integers(1, 3),
     graphs=st.integers(0, 2),
+    two=st.booleans(),
     calls=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4), st.booleans()), min_size=1, max_size=40),
 )
-def test_any_order_that_the_events_allow_gives_the_same_results(seed, contexts, graphs, calls):
+def test_any_order_that_the_events_allow_gives_the_same_results(seed, contexts, graphs, two, calls):
     gpu = FakeGpu(seed)
     gpu.at_once = False
-    engine, session, streams = _engine(gpu, contexts, graphs, outputs=2)
+    engine, session, streams = _engine(gpu, contexts, graphs, 2, ((1, 2, 2), (1, 4, 4)) if two else ((1, 4, 4),))
     kept = []
     bound = {}
     for number, (stream, batch, in_place) in enumerate(calls):
@@ -68,7 +72,7 @@ def test_any_order_that_the_events_allow_gives_the_same_results(seed, contexts, 
     for x, y, z in kept:
         assert torch.equal(y, 2 * x + 1)
         assert z is None or torch.equal(z, x.sum(1))
-    assert engine.contexts <= contexts
+    assert engine.contexts <= contexts * (1 + two)
     bound.clear()
     engine.close()
     assert not session.open
@@ -179,10 +183,10 @@ def test_a_context_that_opens_while_the_engine_closes_is_closed():
     opening, go_on = threading.Event(), threading.Event()
     open_context = session.open_context
 
-    def slowly(on_layer=None):
+    def slowly(profile, on_layer=None):
         opening.set()
         go_on.wait(10)
-        return open_context(on_layer)
+        return open_context(profile, on_layer)
 
     session.open_context = slowly
 
@@ -194,10 +198,49 @@ def test_a_context_that_opens_while_the_engine_closes_is_closed():
     thread = threading.Thread(target=call)
     thread.start()
     assert opening.wait(10)
-    closing = engine._lanes
-    with closing._choosing:
-        closing._closed = True
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while not engine._lanes._closed:
+        time.sleep(0.001)
     go_on.set()
     thread.join(10)
+    closing.join(10)
     assert not thread.is_alive()
-    assert session.open == 1
+    assert session.open == 0
+
+
+def test_each_profile_has_contexts_of_its_own_which_threads_wait_for():
+    engine, session, streams = _engine(FakeGpu(), contexts=2, profiles=((1, 2, 2), (3, 4, 4), (5, 6, 8)))
+    assert engine.contexts == 1
+    started = threading.Barrier(6)
+    open_context = session.open_context
+
+    def slowly(profile, on_layer=None):
+        time.sleep(0.05)
+        return open_context(profile, on_layer)
+
+    session.open_context = slowly
+
+    def calls(thread: int) -> int:
+        streams.local.stream = thread
+        started.wait()
+        right = 0
+        for number in range(60):
+            x = torch.full((1 + (thread + number) % 8, 4), float(number))
+            right += torch.equal(engine(x), 2 * x + 1)
+        return right
+
+    with ThreadPoolExecutor(6) as pool:
+        assert sum(pool.map(calls, range(6))) == 360
+    assert 3 <= engine.contexts <= 6
+
+
+def test_a_profile_without_memory_for_its_first_context_fails_alone():
+    engine, session, _ = _engine(FakeGpu(), contexts=2, profiles=((1, 2, 2), (3, 4, 4)))
+    session.fail_open = True
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match="no context"):
+            engine(torch.zeros(4, 4))
+        assert torch.equal(engine(torch.zeros(2, 4)), torch.ones(2, 4))
+    session.fail_open = False
+    assert torch.equal(engine(torch.zeros(4, 4)), torch.ones(4, 4))
