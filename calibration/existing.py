@@ -1,6 +1,7 @@
 """Models that carry Q/DQ already (QAT, ModelOpt, onnxruntime's quantizer): checked against what TensorRT takes.
 
 They are respected: nothing is calibrated or placed on top. What is wrong is named here, before the parser says "false".
+Check again once floats have been cast: a scale may be 0 in float16.
 """
 
 from __future__ import annotations
