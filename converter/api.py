@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trtforge.calibration.ranges import Method
 from trtforge.converter.artifact import Artifact, open_artifact
 from trtforge.converter.config import Calibration, ConversionConfig, Source, Target, Validation, parse_profiles
 from trtforge.converter.pipeline import LiveData, run_pipeline
@@ -32,7 +33,7 @@ def convert(
     inputs: Mapping[str, Sequence[int | str | None]] | None = None,
     outputs: Sequence[str] = (),
     calibration: object | None = None,
-    calibration_method: str = "auto",
+    calibration_method: Method = "auto",
     validation: object | None = None,
     tolerance: Mapping[str, float] | None = None,
     backend: str = "auto",

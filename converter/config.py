@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from trtforge.calibration.ranges import Method
 from trtforge.converter.schema import FileSection, InputSection, LoaderSection, ModelSection, SourceSection
 from trtforge.converter.yaml_source import KeyPath, YamlSource, read_yaml
 from trtforge.runtime.errors import ConfigError
@@ -66,11 +67,12 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Data and method for ranges. `loader` is None where Python gives live data."""
+    """Data and method for ranges, or a file of them. `loader` is None where Python gives live data."""
 
     loader: Loader | None = None
-    method: str = "auto"
+    method: Method = "auto"
     batches: int | None = None
+    ranges: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +312,12 @@ def _resolve(name: str, model_name: str, model: ModelSection, source: YamlSource
         plan=_plan(model.precision, folder),
         calibration=None
         if model.calibration is None
-        else Calibration(_loader(model.calibration), model.calibration.method, model.calibration.batches),
+        else Calibration(
+            _loader(model.calibration),
+            model.calibration.method,
+            model.calibration.batches,
+            None if model.calibration.ranges is None else folder / model.calibration.ranges,
+        ),
         validation=Validation(
             _loader(model.validation),
             model.validation.batches,

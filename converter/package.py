@@ -23,6 +23,7 @@ from trtforge.runtime.publish import hash_file, publish_folder
 from trtforge.runtime.specs import InputSpec
 
 if TYPE_CHECKING:
+    from trtforge.converter.quantize import Quantization
     from trtforge.runtime.device import DeviceFacts
     from trtforge.runtime.trt.build import BuiltEngine
     from trtforge.validation.golden import GoldenSet
@@ -59,6 +60,7 @@ class Package:
         golden: Inputs and PyTorch's outputs.
         used: Every precision that a node runs in.
         tolerance: The limits of the last proof.
+        quantization: What was quantized, and in which ranges; None where nothing was.
         engine: None where none was built.
         reports: The comparisons, in order.
     """
@@ -72,6 +74,7 @@ class Package:
     golden: GoldenSet
     used: set[Precision] = field(default_factory=lambda: {"fp32"})
     tolerance: Tolerance | None = None
+    quantization: Quantization | None = None
     engine: BuiltEngine | None = None
     reports: list[ParityReport] = field(default_factory=list)
 
@@ -173,7 +176,7 @@ def _facts(package: Package) -> dict[str, Any]:
         "graphs": {"reference": package.reference.hash, "model": package.model.hash},
         "used_precisions": sorted(package.used),
         "source": _source_facts(package),
-        "calibration": None,
+        "calibration": _calibration_facts(package),
         "engine": None
         if engine is None
         else {
@@ -239,6 +242,23 @@ def reproduce_command(config: ConversionConfig) -> str:
     if config.origin is None:
         return "trtforge.convert(...) from Python"
     return shlex.join(["trtforge", "convert", str(config.origin), "--only", config.name])
+
+
+def _calibration_facts(package: Package) -> dict[str, Any] | None:
+    found = package.quantization
+    if found is None:
+        return None
+    made = found.ranges.made_from
+    return {
+        "existing": found.placement.existing,
+        "tensors": len(found.placement.tensors),
+        "weights": len(found.placement.weights),
+        "skipped": {skipped.node: skipped.reason for skipped in found.placement.skipped},
+        "method": made.method,
+        "samples": made.samples,
+        "data": made.data,
+        "provider": made.provider,
+    }
 
 
 def _source_facts(package: Package) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtforge.converter.artifact import ENGINE, FAILED_SUFFIX, MODEL, PROOF, Artifact
-from trtforge.converter.config import ConversionConfig
+from trtforge.converter.config import Calibration, ConversionConfig
+from trtforge.converter.data import read_data
 from trtforge.converter.package import Package, publish_package
 from trtforge.converter.progress import Stages
+from trtforge.converter.reference import make_reference
 from trtforge.converter.sources import LoadedModel, load_source
 from trtforge.runtime.errors import BuildError, ConfigError, ParityError
 from trtforge.runtime.graph import OnnxModel
@@ -21,6 +23,7 @@ from trtforge.runtime.specs import InputSpec, Profile, resolve_shape
 
 if TYPE_CHECKING:
     from trtforge.converter.prove import Bench
+    from trtforge.converter.quantize import Quantization
     from trtforge.runtime.runner import Runner, Tensors
     from trtforge.runtime.trt.backend import Backend
     from trtforge.runtime.trt.build import BuiltEngine, Shapes
@@ -28,9 +31,6 @@ if TYPE_CHECKING:
     from trtforge.validation.tolerance import Tolerance
 
 __all__ = ["LiveData", "convert_config", "run_pipeline"]
-
-_PORTABLE_OPSET = 20
-"""For a backend that is not installed here: what every supported one parses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def run_pipeline(
     Raises:
         TrtForgeError: as each stage raises.
     """
-    backend = _find_backend(config, stages)
+    backend = find_buildable(config, stages)
     with staging_folder(target.parent) as staging:
         folder, work = staging / "artifact", staging / "work"
         folder.mkdir()
@@ -109,9 +109,10 @@ class _Run:
 
         stages, plan = self.stages, self.config.plan
         with stages.stage("export"):
-            reference, specs, runner = self._export()
+            made = make_reference(self.config, self.loaded, self.backend, self.folder)
+            reference, specs = made.model, made.specs
         with stages.stage("record"):
-            bench = self._record(specs, runner)
+            bench = self._record(specs, made.runner)
         package = self.package = Package(
             config=self.config,
             loaded=self.loaded,
@@ -127,8 +128,12 @@ class _Run:
             report.raise_unless_passed()
         with stages.stage("plan"):
             package.plan = self._guard(plan, reference, bench)
+        quantization = None
+        if package.plan.quantizes:
+            with stages.stage("calibrate"):
+                quantization = package.quantization = self._calibrate(package.plan, reference, specs)
         with stages.stage("cast"):
-            model, used = self._cast(package, reference)
+            model, used = self._cast(package, reference, quantization)
         package.model, package.used = model, used
         tolerance = package.tolerance = resolve_tolerance(sorted(used), self.config.validation.tolerance)
         if model is not reference:
@@ -146,37 +151,6 @@ class _Run:
             self._require(package)
         return package
 
-    def _export(self) -> tuple[OnnxModel, tuple[InputSpec, ...], Runner]:
-        from trtforge.converter.example import example_from_inputs, example_from_specs
-        from trtforge.converter.export import FlatCall, export_module
-        from trtforge.runtime.torch_runner import TorchRunner
-
-        config, module = self.config, self.loaded.module
-        opset = config.target.opset or (self.backend.capabilities.max_opset if self.backend else _PORTABLE_OPSET)
-        if module is None:
-            return self._import(config.target.opset)
-        if self.loaded.example is not None:
-            given = self.loaded.example
-            example = example_from_inputs(module, given.inputs, profiles=config.profiles, shapes=given.shapes)
-        else:
-            example = example_from_specs(module, config.inputs, config.profiles)
-        names = config.outputs or None
-        reference = export_module(
-            module, example, profiles=config.profiles, output_names=names, opset=opset, folder=self.folder
-        )
-        runner = TorchRunner(module, FlatCall(module, example), reference.inputs, reference.outputs)
-        return reference, example.specs, runner
-
-    def _import(self, opset: int | None) -> tuple[OnnxModel, tuple[InputSpec, ...], Runner]:
-        from trtforge.converter.foreign import import_onnx
-        from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
-
-        assert self.loaded.onnx is not None
-        imported = import_onnx(
-            self.loaded.onnx, profiles=self.config.profiles, inputs=self.config.inputs, opset=opset, folder=self.folder
-        )
-        return imported.model, imported.specs, OnnxRuntimeRunner(self.loaded.onnx)
-
     def _record(self, specs: tuple[InputSpec, ...], runner: Runner) -> Bench:
         from trtforge.converter.prove import Bench
         from trtforge.validation.golden import plan_points, record
@@ -188,16 +162,39 @@ class _Run:
         return Bench(golden, proof, self.work, self.stages)
 
     def _real_inputs(self, specs: tuple[InputSpec, ...]) -> Iterable[Tensors]:
-        loader, source = self.config.validation.loader, self.live.validation
-        if loader is not None:
-            from trtforge.converter.references import call_reference
+        validation = self.config.validation
+        return read_data(self.config, validation.loader, self.live.validation, specs, validation.batches) or ()
 
-            source = call_reference(loader.reference, loader.kwargs, folder=self.config.folder, what="loader")
-        if source is None:
-            return ()
-        from trtforge.calibration.loaders import read_batches
+    def _calibrate(self, plan: PrecisionPlan, reference: OnnxModel, specs: tuple[InputSpec, ...]) -> Quantization:
+        from trtforge.calibration.auto import choose_ranges
+        from trtforge.calibration.ranges import Ranges
+        from trtforge.converter.quantize import (
+            Quantization,
+            collect_ranges,
+            make_placement,
+            read_ranges,
+            save_calibration,
+        )
 
-        return read_batches(source, specs, self.config.profiles, limit=self.config.validation.batches)
+        placement = make_placement(reference, plan)
+        if placement.existing:
+            self.stages.note(f"the model carries {placement.existing} DequantizeLinear: it is not calibrated again")
+            return Quantization(placement, Ranges({}))
+        calibration = self.config.calibration or Calibration()
+        if calibration.ranges is not None:
+            ranges = read_ranges(calibration.ranges, reference, placement)
+            save_calibration(self.folder, ranges)
+            return Quantization(placement, ranges)
+        batches = read_data(self.config, calibration.loader, self.live.calibration, specs, calibration.batches)
+        if batches is None:
+            raise ConfigError(
+                f"precision {plan.default} needs ranges, and there is no calibration data",
+                fix="name a `calibration: {loader: package.module:function}`, or pass calibration= from Python",
+            )
+        collected = collect_ranges(reference, placement, batches, self.stages)
+        ranges = choose_ranges(collected, calibration.method)
+        save_calibration(self.folder, ranges)
+        return Quantization(placement, ranges)
 
     def _prove_export(self, reference: OnnxModel, bench: Bench) -> ParityReport:
         from trtforge.converter.prove import prove_onnx
@@ -216,17 +213,23 @@ class _Run:
             self.stages.note(f"{rule.id} stays in {rule.precision}: {rule.reason}")
         return plan.with_rules(rules, graph=reference.hash) if rules else plan
 
-    def _cast(self, package: Package, reference: OnnxModel) -> tuple[OnnxModel, set[Precision]]:
+    def _cast(
+        self, package: Package, reference: OnnxModel, quantization: Quantization | None
+    ) -> tuple[OnnxModel, set[Precision]]:
         from trtforge.converter.casts import apply_plan
         from trtforge.converter.types import check_types
         from trtforge.runtime.graph import load_graph, save_graph
 
         plan = package.plan
-        if plan.float_default in ("fp32", "tf32") and not plan.rules:
+        if quantization is None and plan.float_default in ("fp32", "tf32") and not plan.rules:
             return reference, {plan.float_default}
         graph = load_graph(reference.path)
         decisions = apply_plan(graph, plan, graph=reference.hash)
         used: set[Precision] = {decision.precision for decision in decisions} or {"fp32"}
+        if quantization is not None:
+            from trtforge.converter.quantize import quantize_graph
+
+            used |= quantize_graph(graph, quantization)
         if used <= {"fp32", "tf32"} and plan.keep_io:
             return reference, used
         check_types(graph)
@@ -308,7 +311,12 @@ def _shapes(spec: InputSpec, profile: Profile) -> Shapes:
     return lows, opts, highs
 
 
-def _find_backend(config: ConversionConfig, stages: Stages) -> Backend | None:
+def find_buildable(config: ConversionConfig, stages: Stages) -> Backend | None:
+    """The backend that builds here; None, with a note, where only a portable artifact can be made.
+
+    Raises:
+        MissingDependencyError: no TensorRT is installed, and the configuration does not name the full one.
+    """
     from trtforge.runtime.device import gpu_present
     from trtforge.runtime.errors import MissingDependencyError
     from trtforge.runtime.trt.backend import find_backend
@@ -347,12 +355,3 @@ def _is_looser(name: str, value: float, default: float | None) -> bool:
     if default is None:
         return False
     return value < default if name in ("sqnr_db", "cosine") else value > default
-
-
-def check_quantization(config: ConversionConfig) -> None:
-    """Raises `ConfigError` where the plan quantizes and there is no calibration data."""
-    if config.plan.quantizes and config.calibration is None:
-        raise ConfigError(
-            f"precision {config.plan.default} needs ranges, and there is no `calibration`",
-            fix="name a loader under `calibration`",
-        )

@@ -74,10 +74,11 @@ class LoaderSection(Section):
 
 
 class CalibrationSection(LoaderSection):
-    """Data and method for the ranges of quantized tensors."""
+    """Data and method for the ranges of quantized tensors, or a file of ranges that `trtforge calibrate` wrote."""
 
     method: Literal["auto", "entropy", "percentile", "mse", "max"] = "auto"
     batches: Positive | None = None
+    ranges: str | None = None
 
 
 class ToleranceSection(Section):

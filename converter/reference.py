@@ -1,0 +1,69 @@
+"""The float graph that everything starts from, and what records its truth: PyTorch, or the ONNX as it came."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trtforge.converter.config import ConversionConfig
+from trtforge.converter.sources import LoadedModel
+from trtforge.runtime.specs import InputSpec
+
+if TYPE_CHECKING:
+    from trtforge.runtime.graph import OnnxModel
+    from trtforge.runtime.runner import Runner
+    from trtforge.runtime.trt.backend import Backend
+
+__all__ = ["Reference", "make_reference"]
+
+_PORTABLE_OPSET = 20
+"""For a backend that is not installed here: what every supported one parses."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reference:
+    """The float graph with ids, its inputs with the values that may be generated for them, and the runner of the truth."""
+
+    model: OnnxModel
+    specs: tuple[InputSpec, ...]
+    runner: Runner
+
+
+def make_reference(config: ConversionConfig, loaded: LoadedModel, backend: Backend | None, folder: Path) -> Reference:
+    """Exports a module, or reads a foreign ONNX file, to `folder/reference.onnx`.
+
+    Raises:
+        ConfigError: inputs, dimensions or names do not fit the model.
+        ExportError: it cannot be exported or read, or a dynamic dimension came out static.
+    """
+    if loaded.module is None:
+        return _import(config, loaded, folder)
+    from trtforge.converter.example import example_from_inputs, example_from_specs
+    from trtforge.converter.export import FlatCall, export_module
+    from trtforge.runtime.torch_runner import TorchRunner
+
+    module, given = loaded.module, loaded.example
+    if given is not None:
+        example = example_from_inputs(module, given.inputs, profiles=config.profiles, shapes=given.shapes)
+    else:
+        example = example_from_specs(module, config.inputs, config.profiles)
+    model = export_module(
+        module,
+        example,
+        profiles=config.profiles,
+        output_names=config.outputs or None,
+        opset=config.target.opset or (backend.capabilities.max_opset if backend else _PORTABLE_OPSET),
+        folder=folder,
+    )
+    return Reference(model, example.specs, TorchRunner(module, FlatCall(module, example), model.inputs, model.outputs))
+
+
+def _import(config: ConversionConfig, loaded: LoadedModel, folder: Path) -> Reference:
+    from trtforge.converter.foreign import import_onnx
+    from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
+
+    assert loaded.onnx is not None
+    opset = config.target.opset
+    imported = import_onnx(loaded.onnx, profiles=config.profiles, inputs=config.inputs, opset=opset, folder=folder)
+    return Reference(imported.model, imported.specs, OnnxRuntimeRunner(loaded.onnx, disable_quant_qdq=True))
