@@ -21,10 +21,11 @@ from trtforge.calibration.histogram import Histogram, merge
 from trtforge.calibration.taps import Taps
 from trtforge.runtime.errors import CalibrationError
 from trtforge.runtime.graph import OnnxModel
+from trtforge.runtime.onnx_runner import onnxruntime_version
 from trtforge.runtime.runner import Array, Tensors
 from trtforge.runtime.specs import TensorSpec
 
-__all__ = ["Collected", "OnSamples", "Shard", "collect", "merge_collected"]
+__all__ = ["Collected", "OnSamples", "Shard", "collect", "merge_collected", "scan"]
 
 OnSamples = Callable[[int], None]
 """Called in the caller's thread with the number of samples that have run so far."""
@@ -112,9 +113,8 @@ def collect(
         ParityError: onnxruntime failed on a batch.
         Exception: whatever `batches` raises, as it is.
     """
-    dim = _batch_dim(model.inputs)
     if by_sample is None:
-        by_sample = dim is not None and provider == "cpu"
+        by_sample = _splits(model, provider)
     count = (workers or min(_usable_cores(), _MAX_WORKERS)) if by_sample else 1
     taps = Taps(model.path, tensors, threads=1 if by_sample else None, provider=provider)
     units = _units(batches, by_sample=by_sample)
@@ -127,7 +127,18 @@ def collect(
             fix="use fewer shards, or more data",
         )
     found.graph, found.batch = model.hash, "sample" if by_sample else "loader"
-    found.provider, found.onnxruntime, found.shards = taps.provider, taps.version, (shard,)
+    found.provider, found.onnxruntime, found.shards = provider, onnxruntime_version(), (shard,)
+    return found
+
+
+def scan(model: OnnxModel, batches: Iterable[Tensors], *, provider: str = "cpu") -> Collected:
+    """What `collect` would say of the data, without running the model: no histograms, but samples, hash and shapes."""
+    by_sample = _splits(model, provider)
+    found = Collected({})
+    for unit in _units(batches, by_sample=by_sample):
+        _note(found, unit)
+    found.graph, found.batch, found.provider = model.hash, "sample" if by_sample else "loader", provider
+    found.onnxruntime = onnxruntime_version()
     return found
 
 
@@ -199,6 +210,10 @@ class _Unit:
     where: str
 
 
+def _splits(model: OnnxModel, provider: str) -> bool:
+    return _batch_dim(model.inputs) is not None and provider == "cpu"
+
+
 def _batch_dim(inputs: Sequence[TensorSpec]) -> str | None:
     """The dynamic dimension with which every input begins."""
     first = {spec.shape[0] if spec.shape else None for spec in inputs}
@@ -267,6 +282,10 @@ def _run(
 def _take(state: Collected, activations: Mapping[str, Array], unit: _Unit) -> None:
     for name, array in activations.items():
         state.histograms[name].add(array, where=f"tensor {name!r} in {unit.where}")
+    _note(state, unit)
+
+
+def _note(state: Collected, unit: _Unit) -> None:
     state.samples += unit.samples
     state.data = (state.data + _hash(unit.feeds)) % (1 << _HASH_BITS)
     for name, feed in unit.feeds.items():

@@ -71,16 +71,6 @@ class Taps:
             if written.exists():
                 self._optimized = onnx.load(written)
 
-    @property
-    def provider(self) -> str:
-        """The onnxruntime provider that runs it."""
-        return self._runner.provider if self._runner is not None else ""
-
-    @property
-    def version(self) -> str:
-        """The version of onnxruntime."""
-        return self._runner.version if self._runner is not None else ""
-
     def settle(self, feeds: Tensors) -> None:
         """Looks on one batch for tensors that may leave the runtime in blocks; to be called before the threads start.
 

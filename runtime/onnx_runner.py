@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import onnx
 
-__all__ = ["OnnxRuntimeRunner", "run_onnx", "run_task"]
+__all__ = ["OnnxRuntimeRunner", "onnxruntime_version", "run_onnx", "run_task"]
 
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 _TYPES = {
@@ -228,6 +228,11 @@ def run_task(args: dict[str, Any], emit: Emit) -> dict[str, Any]:
         "inputs": [spec.to_json() for spec in runner.inputs],
         "outputs": [spec.to_json() for spec in runner.outputs],
     }
+
+
+def onnxruntime_version() -> str:
+    """Raises `MissingDependencyError` where it is not installed."""
+    return str(_import_onnxruntime().__version__)
 
 
 def _import_onnxruntime() -> ModuleType:
