@@ -82,12 +82,13 @@ def save_graph(model: ir.Model, path: Path) -> OnnxModel:
         for value in graph.initializers.values()
         if value.const_value is not None
     )
+    described = describe_model(model, path)  # before saving: writing over the file that holds the weights drops them
     if size > _SINGLE_FILE_LIMIT:
         ir.save(model, path, external_data=path.name + ".data")
     else:
         ir.external_data.load_to_model(model)
         ir.save(model, path)
-    return describe_model(model, path)
+    return described
 
 
 def describe_model(model: ir.Model, path: Path) -> OnnxModel:

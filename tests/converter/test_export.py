@@ -21,6 +21,7 @@ from trtforge.converter.signature import ExampleInputs
 from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.graph import OnnxModel, load_graph
 from trtforge.runtime.inputs import make_inputs
+from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
 from trtforge.runtime.specs import DimRange, InputSpec, TensorSpec, ValueRange, profile_points
 from trtforge.runtime.torch_runner import TorchRunner
 
@@ -35,8 +36,6 @@ def check(tmp_path: Path) -> Callable[..., OnnxModel]:
     def run(
         module: nn.Module, example: ExampleInputs, dims: Mapping[str, DimRange] | None = None, **options: Any
     ) -> OnnxModel:
-        import onnxruntime
-
         profiles = [dims] if dims else []
         options = {"opset": 20, "folder": tmp_path} | options
         printed = io.StringIO()
@@ -47,14 +46,15 @@ def check(tmp_path: Path) -> Callable[..., OnnxModel]:
             (spec.name, spec.dtype, spec.shape) for spec in example.specs
         ]
         runner = TorchRunner(module, FlatCall(module, example), model.inputs, model.outputs)
-        session = onnxruntime.InferenceSession(model.path, providers=["CPUExecutionProvider"])
+        session = OnnxRuntimeRunner(model.path)
         for sizes in profile_points(dims or {}).values():
             feeds = make_inputs(example.specs, sizes, 1)
             expected = runner.run(feeds)
-            found = session.run(list(expected), feeds)
-            for (name, array), other in zip(expected.items(), found, strict=True):
-                assert array.dtype == other.dtype
-                np.testing.assert_allclose(array, other, rtol=2e-4, atol=2e-5, err_msg=f"{name} at {sizes}")
+            found = session.run(feeds)
+            assert list(found) == list(expected)
+            for name, array in expected.items():
+                assert array.dtype == found[name].dtype
+                np.testing.assert_allclose(array, found[name], rtol=2e-4, atol=2e-5, err_msg=f"{name} at {sizes}")
         return model
 
     return run
