@@ -113,7 +113,13 @@ class Artifact:
 
         read_manifest(self.path)
         facts = self.facts["engine"]
-        return Engine(self.engine, backend=facts["backend"], version=facts["version"], device=self.facts.get("device"))
+        return Engine(
+            self.engine,
+            backend=facts["backend"],
+            version=facts["version"],
+            device=self.facts.get("device"),
+            digest=self.manifest.files[ENGINE].sha256,
+        )
 
 
 def open_artifact(path: Path | str) -> Artifact:

@@ -298,8 +298,10 @@ class Engine:
         stream = self._enter()
         shapes = tuple([tensor.shape for tensor in tensors])
         known = self._plans.get(shapes)
-        lanes = self._thread.lanes or self._lanes
-        lane = lanes.acquire(stream, known.profile if known else self._profile_for(shapes))
+        lanes = self._thread.lanes
+        lane = (self._lanes if lanes is None else lanes).acquire(
+            stream, known.profile if known else self._profile_for(shapes)
+        )
         try:
             plan = known or self._make_plan(lane, shapes)
             outputs = self._make_outputs(plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import warnings
@@ -52,7 +53,7 @@ class EngineSession:
             self._opened = OpenEngine(path, found)
         self._opening = threading.Lock()
         self._compiler = _Compiler(self._opened, here, digest) if found.name == "tensorrt-rtx" else None
-        self._saved_at = time.monotonic()
+        self._saved_at = -math.inf
         self._unsaved = False
 
     @property
