@@ -74,6 +74,42 @@ def inspect(
     raise typer.Exit(commands.inspect(path, as_json=as_json))
 
 
+@app.command()
+def calibrate(
+    file: Annotated[Path, typer.Argument(help="A YAML file of models.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file of ranges (with --shard: the part).")],
+    only: Annotated[str | None, typer.Option(help="Calibrate this model of the file.")] = None,
+    shard: Annotated[str | None, typer.Option(help="K/N: run this part of the data alone.")] = None,
+    merge: Annotated[list[Path] | None, typer.Option(help="A part; give the option once for each.")] = None,
+    import_cache: Annotated[Path | None, typer.Option(help="A TensorRT calibration cache instead of data.")] = None,
+    export_cache: Annotated[Path | None, typer.Option(help="Also write a TensorRT calibration cache.")] = None,
+    trt_version: Annotated[str, typer.Option(help="The version in the written cache's first line.")] = "100300",
+    sensitivity: Annotated[
+        int | None, typer.Option(help="Rank layers by measured harm; write a plan with the worst N in float.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Where that plan goes.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find INT8 or FP8 ranges from data, shards or an old TensorRT cache, and the layers that suffer most."""
+    from trtforge.converter import commands
+
+    raise typer.Exit(
+        commands.calibrate(
+            file,
+            only=only,
+            output=output,
+            shard=shard,
+            merge=tuple(merge or ()),
+            import_cache=import_cache,
+            export_cache=export_cache,
+            trt_version=trt_version,
+            keep=sensitivity,
+            plan_output=plan,
+            as_json=as_json,
+        )
+    )
+
+
 def main() -> None:
     """The console script: maps errors to exit codes; a traceback is shown for a bug only."""
     from trtforge.runtime.errors import TrtForgeError

@@ -9,9 +9,9 @@ from typing import Any
 
 from trtforge.converter.batch import Outcome, convert_all, select_models, worst_exit_code
 from trtforge.converter.terminal import ProgressView, print_error, print_json, print_table
-from trtforge.runtime.errors import TrtForgeError
+from trtforge.runtime.errors import ConfigError, TrtForgeError
 
-__all__ = ["convert", "inspect", "validate"]
+__all__ = ["calibrate", "convert", "inspect", "validate"]
 
 
 def convert(file: Path, *, only: str | None, output: Path, as_json: bool) -> int:
@@ -62,6 +62,34 @@ def inspect(path: Path, *, as_json: bool) -> int:
         return 0
     for title, columns, rows in _inspection_tables(facts):
         print_table(title, columns, rows)
+    return 0
+
+
+def calibrate(
+    file: Path, *, only: str | None, shard: str | None, as_json: bool, output: Path, merge: tuple[Path, ...], **ask: Any
+) -> int:
+    """Calibrates one model of `file`; the rest of the options are those of `calibrate.Ask`."""
+    from trtforge.converter.calibrate import Ask, calibrate_model, parse_shard
+    from trtforge.converter.progress import Stages
+
+    configs = select_models(file, only)
+    if len(configs) > 1:
+        names = ", ".join(config.name for config in configs)
+        raise ConfigError(f"{file} has {len(configs)} models: {names}", fix="choose one with --only")
+    request = Ask(output, shard=parse_shard(shard) if shard else None, merge=merge, **ask)
+    with ProgressView() as view:
+        view.name = configs[0].name
+        done = calibrate_model(configs[0], request, Stages(view.show))
+    if as_json:
+        print_json(done.facts)
+        return 0
+    facts = {key: value for key, value in done.facts.items() if key != "sensitivity"}
+    print_table("", ("fact", "value"), [[key, _plain(value)] for key, value in facts.items()])
+    if "sensitivity" in done.facts:
+        found = done.facts["sensitivity"]
+        rows = [[n["node"], n["op"], f"{n['score']:.2f}", f"{n['gain']:+.2f}"] for n in found["layers"][:20]]
+        title = f"layers by harm: {found['measure']}, {found['quantized']:.2f} with all of them quantized"
+        print_table(title, ("layer", "operator", "with it in float", "gain"), rows)
     return 0
 
 

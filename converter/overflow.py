@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx_ir as ir
 
@@ -13,6 +12,7 @@ from trtforge.converter.assign import Decision, assign, constant_tensor, largest
 from trtforge.converter.dataflow import find_masks
 from trtforge.converter.probes import Kind, Probe, measure
 from trtforge.converter.types import infer_types
+from trtforge.runtime.errors import ParityError
 from trtforge.runtime.graph import OnnxModel, load_graph
 from trtforge.runtime.precision import PrecisionPlan, Rule
 from trtforge.runtime.runner import Tensors
@@ -61,6 +61,9 @@ def overflow_rules(
     Attention (the product of the largest row norms of Q and K). Very negative values that only mean "masked" don't
     count, nor do infinities: float16 has those. Weights beyond the range need no samples: `assign` keeps their nodes.
 
+    Two samples of each shape are run, and where all inputs lead with one named dimension, a batch, no more rows than
+    the smallest sample has: time goes into the spread of values and lengths, not into more of the same.
+
     Args:
         model: The float reference.
         feeds: Inputs by name, one mapping a sample.
@@ -74,7 +77,6 @@ def overflow_rules(
         ConfigError: as `PrecisionPlan.resolve`, or where a sample does not fit the graph's inputs.
     """
     graph = load_graph(model.path) if isinstance(model, OnnxModel) else model.clone()
-    folder = model.path.parent if isinstance(model, OnnxModel) else None
     infer_types(graph)
     decisions = assign(graph, plan, graph=model.hash if isinstance(model, OnnxModel) else None)
     masks = find_masks(graph)
@@ -82,7 +84,7 @@ def overflow_rules(
     samples = list(feeds)
     if not checks or not samples:
         return ()
-    seen = _measure_finite(graph, [probe for check in checks for probe in check.probes], samples, folder)
+    seen = _measure(graph, [probe for check in checks for probe in check.probes], samples)
     reasons: dict[ir.Node, str] = {}
     for check in checks:
         numbers = [seen[probe] for probe in check.probes if math.isfinite(seen.get(probe, math.inf))]
@@ -94,14 +96,36 @@ def overflow_rules(
     return tuple(Rule("fp32", id=node.name or "", origin="overflow", reason=reason) for node, reason in reasons.items())
 
 
-def _measure_finite(
-    graph: ir.Model, probes: list[Probe], samples: list[Tensors], folder: Path | None
-) -> dict[Probe, float]:
-    seen = measure(graph, probes, samples, data_folder=folder)
+def _measure(graph: ir.Model, probes: list[Probe], samples: list[Tensors]) -> dict[Probe, float]:
+    few = _few(_short(graph, samples))
+    try:
+        seen = measure(graph, probes, few)
+    except ParityError:  # the leading dimension was no batch after all: its rows need each other
+        few = _few(samples)
+        seen = measure(graph, probes, few)
     infinite = [probe for probe, number in seen.items() if number == math.inf]
     if infinite:
-        seen |= measure(graph, infinite, samples, finite=True, data_folder=folder)
+        seen |= measure(graph, infinite, few, finite=True)
     return seen
+
+
+def _short(graph: ir.Model, samples: list[Tensors]) -> list[Tensors]:
+    """The samples cut to the smallest batch among them, where all inputs lead with one and the same named dimension."""
+    leading = {str(value.shape[0]) for value in graph.graph.inputs if value.shape}
+    named = all(value.shape and isinstance(value.shape[0], ir.SymbolicDim) for value in graph.graph.inputs)
+    if len(leading) != 1 or not named or "None" in leading:
+        return samples
+    rows = min(len(array) for sample in samples for array in sample.values())
+    return [{name: array[:rows] for name, array in sample.items()} for sample in samples]
+
+
+def _few(samples: list[Tensors]) -> list[Tensors]:
+    """The first and the last sample of each combination of shapes: ranges hardly change within one."""
+    groups: dict[tuple[tuple[str, tuple[int, ...]], ...], list[Tensors]] = {}
+    for sample in samples:
+        key = tuple(sorted((name, array.shape) for name, array in sample.items()))
+        groups.setdefault(key, []).append(sample)
+    return [sample for group in groups.values() for sample in (group if len(group) < 3 else (group[0], group[-1]))]
 
 
 def _checks(node: ir.Node, decision: Decision, masks: set[ir.Value]) -> Iterator[_Check]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,10 +12,11 @@ import onnx_ir as ir
 from trtforge.converter.types import body_graphs
 from trtforge.runtime.graph import META_ORIGIN, all_graphs
 from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
-from trtforge.runtime.runner import Tensors
+from trtforge.runtime.runner import Array, Tensors
 
 __all__ = ["Kind", "Probe", "measure"]
 
+_LARGE = 1024
 Kind = Literal["abs", "max", "centred", "sum", "norm"]
 
 
@@ -42,7 +42,6 @@ def measure(
     samples: Sequence[Tensors],
     *,
     finite: bool = False,
-    data_folder: Path | None = None,
 ) -> dict[Probe, float]:
     """Runs the model on every sample with onnxruntime and returns what the probes saw; -inf where nothing ran.
 
@@ -54,7 +53,10 @@ def measure(
         probes: What to measure; values of `model`.
         samples: Inputs by name.
         finite: Pass over infinite elements, at some cost.
-        data_folder: Where the model's external data lies.
+
+    Raises:
+        ConfigError: a sample does not fit the graph's inputs.
+        ParityError: onnxruntime failed on one.
     """
     copy = model.clone()
     twins = dict(zip(_values(model), _values(copy), strict=True))
@@ -70,12 +72,30 @@ def measure(
     vector, order = found
     copy.graph.outputs.clear()
     copy.graph.outputs.append(vector)
-    runner = OnnxRuntimeRunner(ir.to_proto(copy).SerializeToString(), data_folder=data_folder)
+    weights = _detach_weights(copy)
+    runner = OnnxRuntimeRunner(ir.to_proto(copy).SerializeToString(), weights=weights)
     worst = np.full(len(order), -np.inf, np.float64)
     for sample in samples:
         seen = runner.run(sample)[vector.name or ""].astype(np.float64)
         worst = np.fmax(worst, seen)
     return dict(zip(order, worst.tolist(), strict=True))
+
+
+def _detach_weights(model: ir.Model) -> dict[str, Array]:
+    """Takes large initializers of the main graph out of the model, which then calls them external."""
+    weights: dict[str, Array] = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < _LARGE or tensor.dtype.is_string() or value.is_graph_input():
+            continue
+        array = np.asarray(tensor.numpy())
+        if array.nbytes != tensor.nbytes:  # packed types: 4 bits an element
+            continue
+        weights[name] = array
+        value.const_value = ir.ExternalTensor(
+            "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name, base_dir=""
+        )
+    return weights
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:

@@ -96,7 +96,8 @@ def quantize_graph(graph: ir.Model, quantization: Quantization) -> set[Precision
         report = insert_qdq(graph, placement, quantization.ranges)
         if report.in_float:
             raise CalibrationError(f"no range for {', '.join(report.in_float)}")
-    return {tensor.format for tensor in placement.tensors} | {weight.format for weight in placement.weights}
+    used: set[Precision] = {tensor.format for tensor in placement.tensors}
+    return used | {weight.format for weight in placement.weights}
 
 
 def read_ranges(path: Path, reference: OnnxModel, placement: Placement) -> Ranges:

@@ -23,7 +23,7 @@ _PORTABLE_OPSET = 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reference:
-    """The float graph with ids, its inputs with the values that may be generated for them, and the runner of the truth."""
+    """The float graph with ids, its inputs with the values that may be generated, and the runner of the truth."""
 
     model: OnnxModel
     specs: tuple[InputSpec, ...]

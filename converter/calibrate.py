@@ -1,0 +1,201 @@
+"""`trtforge calibrate`: ranges without a conversion, in shards, from TensorRT caches, and the layers that hurt most."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from trtforge.calibration.auto import choose_ranges
+from trtforge.calibration.cache import differences, load_ranges, save_ranges
+from trtforge.calibration.collect import Collected, Shard, merge_collected, scan
+from trtforge.calibration.parts import load_part, save_part
+from trtforge.calibration.placement import Placement
+from trtforge.calibration.ranges import Ranges
+from trtforge.calibration.sensitivity import keep_in_float, rank_layers
+from trtforge.calibration.trt_cache import ranges_from_trt_cache, read_trt_cache, write_trt_cache
+from trtforge.converter.config import Calibration, ConversionConfig
+from trtforge.converter.data import read_data
+from trtforge.converter.pipeline import find_buildable
+from trtforge.converter.progress import Event, Stages
+from trtforge.converter.quantize import collect_ranges, make_placement
+from trtforge.converter.reference import Reference, make_reference
+from trtforge.converter.sources import load_source
+from trtforge.converter.types import infer_types
+from trtforge.runtime.errors import ConfigError
+from trtforge.runtime.graph import load_graph, node_refs
+from trtforge.runtime.precision import PrecisionPlan
+from trtforge.runtime.publish import staging_folder
+
+__all__ = ["Ask", "Calibrated", "calibrate_model", "parse_shard"]
+
+_SENSITIVITY_BATCHES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is asked of one model.
+
+    Attributes:
+        output: The file to write: ranges, or the shard's part.
+        shard: This part of the data alone; `output` is then a part, to be merged.
+        merge: Parts of all shards; no data is read.
+        import_cache: A calibration cache of TensorRT 10 or older; no data is read.
+        export_cache: Also write the scales in that format.
+        trt_version: The version that its first line names, in digits.
+        keep: Rank layers by measured harm, and write a plan that leaves the worst `keep` in float; None ranks none.
+        plan_output: Where that plan goes.
+    """
+
+    output: Path
+    shard: Shard | None = None
+    merge: tuple[Path, ...] = ()
+    import_cache: Path | None = None
+    export_cache: Path | None = None
+    trt_version: str = "100300"
+    keep: int | None = None
+    plan_output: Path | None = None
+
+
+@dataclass(slots=True)
+class Calibrated:
+    """What came of it: facts for people and machines, `ranges` where there are whole ones."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    ranges: Ranges | None = None
+
+
+def parse_shard(text: str) -> Shard:
+    """A shard from "2/8".
+
+    Raises:
+        ConfigError: not two numbers, or no such shard.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ConfigError(f"shard {text!r} is not K/N with 1 <= K <= N", fix="write --shard 2/8 for part 2 of 8")
+    return Shard(int(found[1]), int(found[2]))
+
+
+def calibrate_model(config: ConversionConfig, ask: Ask, stages: Stages) -> Calibrated:
+    """Exports the model, finds its ranges, and writes what was asked.
+
+    Raises:
+        ConfigError: the plan quantizes nothing, or there is no data.
+        CalibrationError: the data, parts or cache do not fit the model.
+        ArtifactError: a file cannot be read or written.
+    """
+    plan = config.plan if config.plan.quantizes else replace(config.plan, default="int8")
+    with staging_folder(ask.output.absolute().parent) as folder:
+        with stages.stage("load"):
+            loaded = load_source(config)
+        with stages.stage("export"):
+            reference = make_reference(config, loaded, find_buildable(config, stages), folder)
+        placement = make_placement(reference.model, plan)
+        done = Calibrated({"model": config.name, "tensors": len(placement.measured), "output": str(ask.output)})
+        with stages.stage("calibrate"):
+            if ask.shard is not None:
+                part = _collect(config, reference, placement, stages, ask.shard)
+                save_part(ask.output, part)
+                done.facts |= {"shard": f"{ask.shard.index}/{ask.shard.total}", "samples": part.samples}
+                return done
+            done.ranges = _ranges(config, ask, reference, placement, stages, done.facts)
+            save_ranges(ask.output, done.ranges)
+            if ask.export_cache is not None:
+                write_trt_cache(done.ranges, ask.export_cache, ask.trt_version)
+                done.facts["exported"] = str(ask.export_cache)
+        if ask.keep is not None:
+            with stages.stage("sensitivity"):
+                _rank(config, ask, plan, reference, done, stages)
+    return done
+
+
+def _ranges(
+    config: ConversionConfig,
+    ask: Ask,
+    reference: Reference,
+    placement: Placement,
+    stages: Stages,
+    facts: dict[str, Any],
+) -> Ranges:
+    method = (config.calibration or Calibration()).method
+    if ask.import_cache is not None:
+        graph = load_graph(reference.model.path)
+        infer_types(graph)
+        ranges, report = ranges_from_trt_cache(read_trt_cache(ask.import_cache), graph, placement)
+        facts["imported"] = {
+            "matched": len(report.matched),
+            "unmatched": list(report.unmatched),
+            "unnamed": list(report.unnamed),
+            "missing": list(report.missing),
+        }
+        return ranges
+    if ask.merge:
+        collected = merge_collected([load_part(path) for path in ask.merge])
+    else:
+        cached = _cached(config, ask.output, reference, placement, stages)
+        if cached is not None:
+            facts["reused"] = True
+            return cached
+        collected = _collect(config, reference, placement, stages, None)
+    facts |= {"samples": collected.samples, "method": method}
+    return choose_ranges(collected, method)
+
+
+def _cached(
+    config: ConversionConfig, path: Path, reference: Reference, placement: Placement, stages: Stages
+) -> Ranges | None:
+    """The ranges that stand at `path`, where all that they were made from is still the same."""
+    from trtforge.calibration.auto import describe_method, made_from
+
+    if not path.exists():
+        return None
+    cached = load_ranges(path)
+    calibration = config.calibration or Calibration()
+    seen = scan(reference.model, _batches(config, reference))
+    why = differences(cached, made_from(seen, describe_method(calibration.method)), placement.measured)
+    if why:
+        stages.note(f"{path} is not reused: {'; '.join(why)}")
+        return None
+    return cached
+
+
+def _collect(
+    config: ConversionConfig, reference: Reference, placement: Placement, stages: Stages, shard: Shard | None
+) -> Collected:
+    return collect_ranges(reference.model, placement, _batches(config, reference), stages, shard=shard)
+
+
+def _batches(config: ConversionConfig, reference: Reference) -> Any:
+    calibration = config.calibration
+    batches = calibration and read_data(config, calibration.loader, None, reference.specs, calibration.batches)
+    if batches is None:
+        raise ConfigError(
+            f"model {config.name!r} has no calibration data",
+            fix="name a `calibration: {loader: package.module:function}`",
+        )
+    return batches
+
+
+def _rank(
+    config: ConversionConfig, ask: Ask, plan: PrecisionPlan, reference: Reference, done: Calibrated, stages: Stages
+) -> None:
+    assert done.ranges is not None
+    assert ask.keep is not None
+    graph = load_graph(reference.model.path)
+    infer_types(graph)
+    samples: Sequence[Any] = list(itertools.islice(_batches(config, reference), _SENSITIVITY_BATCHES))
+
+    def tell(event: dict[str, Any]) -> None:
+        stages.on_event(Event("progress", stages.current, event.get("layer", ""), event["done"], event["total"]))
+
+    found = rank_layers(graph, done.ranges, plan, samples, on_event=tell)
+    mended = keep_in_float(plan, found, ask.keep, node_refs(graph), reference.model.hash)
+    place = ask.plan_output or ask.output.with_suffix(".plan.yaml")
+    partial = place.with_name(f".{place.name}.partial")
+    partial.write_text(mended.to_yaml(), encoding="utf-8")
+    partial.replace(place)
+    done.facts |= {"sensitivity": found.to_json(), "plan": str(place)}
