@@ -86,7 +86,9 @@ def _detach_weights(model: ir.Model) -> dict[str, Array]:
     weights: dict[str, Array] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or tensor.nbytes < _LARGE or tensor.dtype.is_string() or value.is_graph_input():
+        if tensor is None or tensor.dtype.is_string() or value.is_graph_input():
+            continue
+        if tensor.nbytes < _LARGE and not isinstance(tensor, ir.ExternalTensor):
             continue
         array = np.asarray(tensor.numpy())
         if array.nbytes != tensor.nbytes:  # packed types: 4 bits an element

@@ -45,6 +45,8 @@ class OnnxRuntimeRunner:
         threads: Threads inside one operator; None leaves it to onnxruntime (the physical cores).
         provider: "cpu", or "cuda" for onnxruntime's CUDA provider with TF32 switched off.
         data_folder: Where a serialised model's external data lies.
+        weights: Arrays for initializers that a serialised model calls external: they are used where they lie, which
+            spares serialising and parsing them (1.5 of 2.6 s on ViT-B/16). The caller leaves them unchanged.
         optimized: Where to write the graph as onnxruntime's optimizer leaves it; it is for this machine alone.
 
     Raises:
@@ -64,6 +66,7 @@ class OnnxRuntimeRunner:
         threads: int | None = None,
         provider: str = "cpu",
         data_folder: Path | None = None,
+        weights: Tensors | None = None,
         optimized: Path | None = None,
     ) -> None:
         ort = _import_onnxruntime()
@@ -90,6 +93,10 @@ class OnnxRuntimeRunner:
         if data_folder is not None:
             folder = str(data_folder.resolve())
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        self._weights = dict(weights or {})  # onnxruntime does not hold on to the arrays
+        if self._weights:
+            values = [_to_ort(ort, array) for array in self._weights.values()]
+            options.add_external_initializers(list(self._weights), values)
         try:
             self._session = ort.InferenceSession(
                 source, options, providers=_providers(ort, provider), disabled_optimizers=disabled

@@ -59,8 +59,26 @@ def test_the_margin_is_for_inputs_that_were_not_sampled() -> None:
     assert MARGIN == 2
     assert len(overflow_rules(model, feeds, FP16)) == 1
     assert overflow_rules(model, feeds, FP16, margin=1.0) == ()
-    # The largest of all samples counts.
-    assert len(overflow_rules(model, [*feeds, {"x": np.array([1e6], np.float32)}, *feeds], FP16, margin=1.0)) == 1
+
+
+def test_the_first_and_last_of_each_shape_count_with_few_rows() -> None:
+    def found(*samples: Any, text: str = "g (float[n,k] x) => (float[n,k] y) { y = Neg(x) }") -> int:
+        feeds = [{"x": np.array(sample, np.float32)} for sample in samples]
+        return len(overflow_rules(model_of(text), feeds, FP16))
+
+    assert found([[1]], [[1e6]]) == found([[1e6]], [[1]], [[1]]) == 1
+    assert found([[1]], [[1e6, 1]], [[1]]) == 1  # a shape of its own
+    assert found([[1]], [[1e6], [1]]) == 1
+    assert found([[1]], [[1], [1e6]]) == 0  # the second row of a batch
+    assert found([[1]], [[1], [1e6]], text="g (float[?,k] x) => (float[?,k] y) { y = Neg(x) }") == 1
+
+
+def test_a_leading_dimension_that_is_no_batch_is_left_whole() -> None:
+    """Rows that refer to each other: cut to the smallest sample's, the second sample would point outside."""
+    model = model_of("g (float[n] x, int64[n] to) => (float[n] y) { y = Gather(x, to) }")
+    samples = [{"x": np.ones(size, np.float32), "to": np.arange(size)[::-1].copy()} for size in (2, 4)]
+    samples[1]["x"][2] = 1e6
+    assert [rule.id for rule in overflow_rules(model, samples, FP16)] == ["Gather/y"]
 
 
 def test_nothing_is_measured_where_nothing_runs_in_fp16() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -152,6 +153,22 @@ def test_disable_quant_qdq_keeps_fake_quantization() -> None:
     x = np.array([[0.26]], np.float32)
     y = OnnxRuntimeRunner(_model(text), disable_quant_qdq=True).run({"x": x})["y"]
     assert y.item() == pytest.approx(0.3 * 1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_weights_are_used_where_they_lie(kind: Any) -> None:
+    name = {"float32": "float", "float16": "float16"}.get(np.dtype(kind).name, "bfloat16")
+    proto = onnx.load_model_from_string(_model(f"g ({name}[4] x) => ({name}[4] y) {{ y = Concat<axis = 0>(w) }}"))
+    tensor = proto.graph.initializer.add(name="w", data_type=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind)))
+    tensor.dims.append(4)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="weights")
+    w = np.array([1, 2, 3, 4]).astype(kind)
+    runner = OnnxRuntimeRunner(proto.SerializeToString(), weights={"w": w}, threads=1)
+    del w  # the session keeps what it needs
+    assert runner.run({"x": np.zeros(4, kind)})["y"].astype(np.float32).tolist() == [1, 2, 3, 4]
+    with pytest.raises(ExportError):
+        OnnxRuntimeRunner(proto.SerializeToString())
 
 
 @pytest.mark.parametrize("mask", ["bool[2,1,1,5]", "float[2,1,1,5]", "float[1,5]", "float[5]", "bool[2,3,4,5]"])
