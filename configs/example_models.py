@@ -185,3 +185,13 @@ def natural_crops(size: int = 224, count: int = 64, batch: int = 8, seed: int = 
         if len(crops) == batch:
             yield np.stack(crops)
             crops = []
+
+
+def token_batches(
+    count: int = 8, batch: int = 4, length: int = 128, vocabulary: int = 30522
+) -> Iterator[dict[str, Any]]:
+    """Batches of random token ids and a mask without padding, for the encoder."""
+    rng = np.random.default_rng(1)
+    for _ in range(count):
+        ids = rng.integers(0, vocabulary, (batch, length))
+        yield {"ids": ids, "mask": np.ones((batch, length), bool)}

@@ -14,6 +14,8 @@ import trtforge
 from trtforge.converter.artifact import Artifact
 from trtforge.converter.batch import convert_all, select_models
 from trtforge.runtime.device import device_facts, gpu_present
+from trtforge.runtime.errors import BuildError
+from trtforge.runtime.trt.backend import find_backend
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("digits", "resnet50", "vit_b_16", "bilstm", "encoder")
@@ -39,7 +41,7 @@ def note(artifact: Artifact, seconds: dict[str, float]) -> None:
         "versions": facts["versions"],
         "seconds": seconds,
         "reports": [
-            {"stage": r["candidate"]["stage"], "verdict": r["verdict"], "sqnr_db": min(o["pooled"]["sqnr_db"] for o in r["outputs"])}
+            [r["candidate"]["stage"], r["verdict"], [o["pooled"]["sqnr_db"] for o in r["outputs"]]]
             for r in json.loads((artifact.path / "report.json").read_text())["reports"]
         ],
     }  # fmt: skip
@@ -74,6 +76,27 @@ def test_configuration_is_validated(model: str, precision: str, tmp_path: Path, 
     assert device is not None
     assert artifact.facts["device"]["name"] == device.name
     note(artifact, outcome.seconds)
+
+
+@pytest.mark.parametrize("name", ["digits_int8/digits-fp8", "encoder_int8/encoder-int8", "encoder_int8/encoder-fp8"])
+def test_quantized_configuration_is_validated(name: str, tmp_path: Path, digits_weights: None) -> None:
+    config, _, model = name.partition("/")
+    (outcome,) = convert_all(select_models(ROOT / f"configs/{config}.yaml", model), tmp_path)
+    if outcome.error is not None:
+        raise outcome.error
+    assert outcome.status == "validated"
+    assert outcome.path is not None
+    note(trtforge.open_artifact(outcome.path), outcome.seconds)
+
+
+def test_int8_convolutions_are_refused_where_the_release_has_none(tmp_path: Path, digits_weights: None) -> None:
+    backend = find_backend("auto")
+    if backend.capabilities.int8_conv:
+        pytest.skip(f"{backend} builds them")
+    (outcome,) = convert_all(select_models(ROOT / "configs/digits_int8.yaml", "digits-int8"), tmp_path)
+    assert isinstance(outcome.error, BuildError)
+    assert "1.7" in str(outcome.error)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif("TRTFORGE_CARRIED" not in os.environ, reason="TRTFORGE_CARRIED names no folder of artifacts")
