@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,8 @@ import numpy as np
 import torch
 
 from trtforge.runtime.bound import Bound
-from trtforge.runtime.errors import ArtifactError, ConfigError
+from trtforge.runtime.engine_device import byte_size, current_gpu_stream, lane_opener, no_memory
+from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.feeds import (
     aligned_addresses,
     arrange,
@@ -25,7 +25,7 @@ from trtforge.runtime.feeds import (
     fetch_tensor,
     torch_dtype,
 )
-from trtforge.runtime.lanes import Buffer, Lane, Lanes, OnLayer, Plan, Session, Shape
+from trtforge.runtime.lanes import Lane, Lanes, Plan, Session, Shape
 from trtforge.runtime.layer_times import LayerTimes
 from trtforge.runtime.specs import TensorSpec
 from trtforge.runtime.torch_runner import from_torch
@@ -84,7 +84,7 @@ class Engine:
         from trtforge.runtime.trt.session import EngineSession
 
         session = EngineSession(path, backend, version, device, digest)
-        self._start(session, torch.device("cuda", 0), _gpu_stream, contexts, graphs)
+        self._start(session, torch.device("cuda", 0), current_gpu_stream, contexts, graphs)
 
     @classmethod
     def over(
@@ -179,7 +179,7 @@ class Engine:
             )
             graph = lane.bind(plan, addresses, stream)
         except torch.OutOfMemoryError as error:
-            raise _no_memory(self._device) from error
+            raise no_memory(self._device) from error
         finally:
             lane.lock.release()
         self._session.kernels_changed()
@@ -198,7 +198,7 @@ class Engine:
         """
         self._enter()
         times = LayerTimes()
-        lanes = Lanes(_opener(self._session, self._device, 0, times.add), 1)
+        lanes = Lanes(lane_opener(self._session, self._device, 0, times.add), 1)
         before, self._thread.lanes = self._thread.lanes, lanes
         try:
             yield times
@@ -271,7 +271,7 @@ class Engine:
         self._copies = 0
         self._changing = threading.Lock()
         self._thread = _Thread()
-        self._lanes = Lanes(_opener(session, device, graphs), contexts)
+        self._lanes = Lanes(lane_opener(session, device, graphs), contexts)
         # Holds no reference to the engine; at exit, too, so that what was compiled is kept.
         self._finalizer = weakref.finalize(self, _close, self._lanes, session)
 
@@ -309,7 +309,7 @@ class Engine:
                 plan, [tensor.data_ptr() for tensor in tensors], [tensor.data_ptr() for tensor in outputs], stream
             )
         except torch.OutOfMemoryError as error:
-            raise _no_memory(self._device) from error
+            raise no_memory(self._device) from error
         finally:
             lane.lock.release()
         if known is None:
@@ -329,8 +329,8 @@ class Engine:
     def _make_plan(self, lane: Lane, shapes: tuple[Shape, ...]) -> Plan:
         inputs = tuple(tuple(shape) for shape in shapes)
         outputs = lane.output_shapes(inputs)
-        sizes = [_size(shape, dtype) for shape, dtype in zip(inputs, self._input_dtypes, strict=True)]
-        sizes += [_size(shape, dtype) for shape, dtype in zip(outputs, self._output_dtypes, strict=True)]
+        sizes = [byte_size(shape, dtype) for shape, dtype in zip(inputs, self._input_dtypes, strict=True)]
+        sizes += [byte_size(shape, dtype) for shape, dtype in zip(outputs, self._output_dtypes, strict=True)]
         with self._changing:
             plan = self._plans.setdefault(inputs, Plan(lane.profile, inputs, outputs, tuple(sizes)))
             if len(self._plans) > _PLANS_KEPT:
@@ -372,55 +372,7 @@ class _Thread(threading.local):
     lanes: Lanes | None = None
 
 
-def _opener(
-    session: Session, device: torch.device, graphs: int, on_layer: OnLayer | None = None
-) -> Callable[[int], Lane]:
-    def open_lane(profile: int) -> Lane:
-        session.enter_thread()
-        try:
-            context = session.open_context(profile, on_layer)
-        except ArtifactError:
-            if device.type != "cuda":
-                raise
-            torch.cuda.empty_cache()  # torch may sit on what TensorRT needs
-            context = session.open_context(profile, on_layer)
-        return Lane(context, profile, _allocator(device), graphs)
-
-    return open_lane
-
-
-def _allocator(device: torch.device) -> Callable[[int], Buffer]:
-    return lambda size_bytes: torch.empty(size_bytes, dtype=torch.uint8, device=device)
-
-
 def _close(lanes: Lanes, session: Session) -> None:
     session.enter_thread()  # the garbage collector runs in any thread
     lanes.close()
     session.close()
-
-
-def _size(shape: Shape, dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
-def _gpu_stream() -> int:
-    # Handle 0 is the default stream of whichever device is current.
-    if torch.cuda.current_device() != 0:
-        raise ConfigError(
-            f"the current device is cuda:{torch.cuda.current_device()}, and the engine is on cuda:0",
-            fix="call it under `with torch.cuda.device(0):`, or choose the GPU with CUDA_VISIBLE_DEVICES",
-        )
-    if torch.cuda.is_current_stream_capturing():
-        raise ConfigError(
-            "the current stream is being captured in a CUDA graph",
-            why="an engine's call waits for what other streams do with its memory, which no graph can hold",
-            fix="capture what comes before and after it; the engine replays a graph of its own",
-        )
-    return int(torch.cuda.current_stream().cuda_stream)
-
-
-def _no_memory(device: torch.device) -> ArtifactError:
-    return ArtifactError(
-        f"there is no memory left on {device} for this call",
-        fix="free tensors, call with smaller inputs, or load the engine with fewer contexts",
-    )

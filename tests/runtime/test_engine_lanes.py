@@ -179,7 +179,8 @@ def test_a_context_that_opens_while_the_engine_closes_is_closed():
     gpu = FakeGpu()
     gpu.at_once = False
     engine, session, streams = _engine(gpu, contexts=2)
-    engine(torch.zeros(2, 4))
+    x = torch.zeros(2, 4)
+    y = engine(x)  # kept: the work that waits for the GPU writes there
     opening, go_on = threading.Event(), threading.Event()
     open_context = session.open_context
 
@@ -207,6 +208,7 @@ def test_a_context_that_opens_while_the_engine_closes_is_closed():
     closing.join(10)
     assert not thread.is_alive()
     assert session.open == 0
+    assert torch.equal(y, 2 * x + 1)
 
 
 def test_each_profile_has_contexts_of_its_own_which_threads_wait_for():
