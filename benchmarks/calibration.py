@@ -1,0 +1,333 @@
+"""What calibration costs, beside onnxruntime's calibrator and ModelOpt: time, memory, and the same answers.
+
+    python benchmarks/calibration.py [--runs 3] [--images 128] [--batch 4] [--quick] [--json]
+
+Every figure is measured in a process of its own, the sides in turn; ratios are of medians. ResNet-18 and MobileNetV2 at
+224, untrained (their weights cost no time), on crops of scikit-image's pictures, which each side's loader cuts as it
+goes, so that no side holds the data. Both `inference` and `calibration` begin with making their sessions and end with
+the last result (for calibration: with all thresholds chosen). `inference` is onnxruntime as it comes: all its threads,
+all its optimizations. Of onnxruntime's calibrator, `default` is entropy as it comes (128 bins), `entropy` has 2048 bins
+and 128 levels; both look at the operators that trtforge quantizes. ModelOpt takes part where it can be imported
+(PYTHONPATH for a folder outside the environment). `--quick` leaves out what takes minutes.
+
+`--json` prints one object: over_inference, faster_than_ort_entropy, faster_than_ort_default, faster_than_modelopt (each
+{resnet18, mobilenet_v2}, null where it was left out), memory_growth, memory_share_of_ort, search_ms, argmin_equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MODELS = ("resnet18", "mobilenet_v2")
+OPERATORS = ["Conv", "Gemm", "MatMul", "Add"]
+LIMITS = {
+    "over_inference": {"resnet18": 1.25, "mobilenet_v2": 1.5},
+    "faster_than_ort_entropy": {"resnet18": 10, "mobilenet_v2": 10},
+    "faster_than_ort_default": {"resnet18": 2, "mobilenet_v2": 7},
+}
+MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+
+
+def pictures() -> list[np.ndarray]:
+    import skimage.data
+
+    found = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(), skimage.data.rocket()]
+    return [((picture / np.float32(255) - MEAN) / STD).transpose(2, 0, 1).astype(np.float32) for picture in found]
+
+
+def batches(count: int, batch: int) -> Iterator[dict[str, np.ndarray]]:
+    """`count` crops; the same ones on every side."""
+    rng = np.random.default_rng(0)
+    natural = pictures()
+    for start in range(0, count, batch):
+        crops = []
+        for index in range(start, min(start + batch, count)):
+            picture = natural[index % len(natural)]
+            y, x = (int(rng.integers(0, size - 224 + 1)) for size in picture.shape[1:])
+            crops.append(picture[:, y : y + 224, x : x + 224])
+        yield {"x": np.stack(crops)}
+
+
+def run_inference(model: Path, count: int, batch: int) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    for feeds in batches(count, batch):
+        session.run(None, feeds)
+
+
+def run_ours(model: Path, count: int, batch: int, method: str = "auto") -> None:
+    from trtforge.calibration.auto import choose_ranges
+    from trtforge.calibration.collect import collect
+    from trtforge.calibration.placement import quantizable_tensors
+    from trtforge.runtime.graph import describe_model, load_graph
+    from trtforge.runtime.precision import PrecisionPlan
+
+    graph = load_graph(model)
+    tensors = quantizable_tensors(graph, PrecisionPlan("int8")).measured
+    choose_ranges(collect(describe_model(graph, model), tensors, batches(count, batch)), method)
+
+
+def run_ort(model: Path, count: int, batch: int, bins: int = 128) -> None:
+    from onnxruntime.quantization.calibrate import CalibrationDataReader, CalibrationMethod, create_calibrator
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.source = batches(count, batch)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.source, None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        calibrator = create_calibrator(
+            model,
+            OPERATORS,
+            augmented_model_path=str(Path(folder) / "augmented.onnx"),
+            calibrate_method=CalibrationMethod.Entropy,
+            extra_options={"num_bins": bins, "num_quantized_bins": 128},
+        )
+        calibrator.collect_data(Reader())
+        calibrator.compute_data()
+
+
+def run_modelopt(model: Path, count: int, batch: int) -> None:
+    """ModelOpt's histogram calibrators on the torch model, entropy with 2048 bins, activations alone."""
+    import modelopt.torch.quantization as mtq
+    import torch
+    import torchvision
+
+    torch.manual_seed(0)
+    module = getattr(torchvision.models, model.stem)().eval()
+
+    def forward(network: torch.nn.Module) -> None:
+        with torch.no_grad():
+            for feeds in batches(count, batch):
+                network(torch.from_numpy(feeds["x"]))
+
+    config = {
+        "quant_cfg": {
+            "*weight_quantizer": {"num_bits": 8, "axis": 0},
+            "*input_quantizer": {"num_bits": 8, "axis": None, "calibrator": "histogram"},
+            "*output_quantizer": {"enable": False},
+        },
+        "algorithm": {"method": "entropy"},
+    }
+    mtq.quantize(module, config, forward)
+
+
+SIDES: dict[str, Any] = {
+    "inference": run_inference,
+    "ours": run_ours,
+    "ours_entropy": lambda model, count, batch: run_ours(model, count, batch, "entropy"),
+    "ort_default": run_ort,
+    "ort_entropy": lambda model, count, batch: run_ort(model, count, batch, 2048),
+    "modelopt": run_modelopt,
+}
+
+
+def side_main(side: str, model: Path, count: int, batch: int) -> None:
+    """In the child: imports and a first small batch of data are not counted."""
+    import onnxruntime  # noqa: F401
+
+    import trtforge.calibration.auto
+    import trtforge.calibration.collect
+    import trtforge.calibration.placement  # noqa: F401
+    from trtforge.calibration.count import native_kernel
+
+    native_kernel()  # compiled once a machine
+    next(batches(1, 1))
+    start = time.perf_counter()
+    SIDES[side](model, count, batch)
+    seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+
+
+def measure(side: str, model: Path, count: int, batch: int) -> dict[str, float]:
+    arguments = [sys.executable, __file__, "--side", side, "--model", str(model), "--images", str(count)]
+    done = subprocess.run([*arguments, "--batch", str(batch)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{side} on {model.stem} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{model.stem} {side} x{count}: {result['seconds']:.2f} s, {result['peak']:.0f} MiB", file=sys.stderr)
+    return result
+
+
+def export(folder: Path) -> dict[str, Path]:
+    """Children export, so that torch is in no process that measures."""
+    code = (
+        "import sys, torch, torchvision, warnings; warnings.simplefilter('ignore'); torch.manual_seed(0)\n"
+        "m = getattr(torchvision.models, sys.argv[1])().eval()\n"
+        "d = ({0: torch.export.Dim('batch')},)\n"
+        "torch.onnx.export(m, (torch.randn(2, 3, 224, 224),), sys.argv[2], dynamo=True, dynamic_shapes=d,"
+        " verbose=False, opset_version=20, external_data=False, input_names=['x'])"
+    )
+    paths = {name: folder / f"{name}.onnx" for name in MODELS}
+    for name, path in paths.items():
+        subprocess.run([sys.executable, "-c", code, name, str(path)], check=True, capture_output=True)
+        name_nodes(path)
+    return paths
+
+
+def name_nodes(path: Path) -> None:
+    import onnx
+
+    proto = onnx.load(path)
+    for index, node in enumerate(proto.graph.node):
+        node.name = f"{node.op_type}#{index}"
+    onnx.save(proto, path)
+
+
+def compare(paths: dict[str, Path], runs: int, count: int, batch: int, *, quick: bool) -> dict[str, Any]:
+    modelopt = importlib.util.find_spec("modelopt") is not None and not quick
+    quicker = ["inference", "ours"]
+    slow = [] if quick else ["ort_default", "ort_entropy", "ours_entropy", *(["modelopt"] if modelopt else [])]
+    seconds: dict[tuple[str, str], list[float]] = {}
+    peaks: dict[tuple[str, str], list[float]] = {}
+    for run in range(runs):
+        for name, path in paths.items():
+            for side in [*quicker, *(slow if run == 0 else [])]:
+                found = measure(side, path, count, batch)
+                seconds.setdefault((name, side), []).append(found["seconds"])
+                peaks.setdefault((name, side), []).append(found["peak"])
+
+    def ratio(above: str, below: str) -> dict[str, float | None]:
+        return {
+            name: round(statistics.median(seconds[name, above]) / statistics.median(seconds[name, below]), 3)
+            if (name, above) in seconds and (name, below) in seconds
+            else None
+            for name in MODELS
+        }
+
+    small = paths["mobilenet_v2"]
+    growth = measure("ours", small, 512, batch)["peak"] / measure("ours", small, 32, batch)["peak"]
+    ort_peak = peaks.get(("mobilenet_v2", "ort_default"))
+    share = statistics.median(peaks["mobilenet_v2", "ours"]) / ort_peak[0] if ort_peak else None
+    return {
+        "over_inference": ratio("ours", "inference"),
+        "faster_than_ort_entropy": ratio("ort_entropy", "ours_entropy"),
+        "faster_than_ort_default": ratio("ort_default", "ours"),
+        "faster_than_modelopt": ratio("modelopt", "ours_entropy"),
+        "memory_growth": round(growth, 3),
+        "memory_share_of_ort": None if share is None else round(share, 4),
+        "seconds": {f"{name} {side}": statistics.median(values) for (name, side), values in seconds.items()},
+    }
+
+
+def reference_histograms(count: int, model: Path) -> list[Any]:
+    """Real ones (activations of one batch) and drawn ones, a half of each."""
+    from trtforge.calibration.collect import collect
+    from trtforge.calibration.histogram import Histogram
+    from trtforge.calibration.placement import quantizable_tensors
+    from trtforge.runtime.graph import describe_model, load_graph
+    from trtforge.runtime.precision import PrecisionPlan
+
+    graph = load_graph(model)
+    tensors = quantizable_tensors(graph, PrecisionPlan("int8")).measured
+    described = describe_model(graph, model)
+    found: list[Histogram] = []
+    for feeds in batches(4, 1):
+        found.extend(collect(described, tensors, [feeds]).histograms.values())
+    found = found[: count // 2]
+    rng = np.random.default_rng(1)
+    while len(found) < count:
+        size = int(10 ** rng.uniform(2, 5))
+        draw = [
+            rng.standard_normal(size), rng.laplace(size=size), rng.random(size), rng.standard_t(2, size),
+            np.clip(4 * rng.standard_normal(size), 0, 6), rng.standard_normal(size) * (rng.random(size) < 0.05),
+        ][len(found) % 6]  # fmt: skip
+        histogram = Histogram()
+        histogram.add(draw.astype(np.float32) + np.float32(1e-3))
+        found.append(histogram)
+    return found
+
+
+def compare_search(model: Path, count: int, *, quick: bool) -> dict[str, Any]:
+    """Our search against ModelOpt's own function, on every candidate's divergence where they differ."""
+    from trtforge.calibration.thresholds import LEVELS, entropy_divergences, entropy_threshold
+
+    histograms = reference_histograms(count, model)
+    entropy_threshold(histograms[0])
+    times = []
+    for histogram in histograms:
+        start = time.perf_counter()
+        entropy_threshold(histogram)
+        times.append((time.perf_counter() - start) * 1e3)
+    found: dict[str, Any] = {"search_ms": round(statistics.median(times), 3), "argmin_equal": None, "reference": None}
+    reference = None if quick else load_reference()
+    if reference is None:
+        return found
+    compute, version = reference
+    equal = 0
+    for histogram in histograms:
+        counts = histogram.counts[: histogram.used]
+        edges = np.arange(len(counts) + 1) * histogram.width
+        theirs = round(float(compute(counts.astype(np.float64), edges, 8, False)) / histogram.width) - LEVELS
+        divergences = entropy_divergences(counts)
+        ours = len(divergences) - 1 - int(np.argmin(divergences[::-1]))
+        equal += ours == theirs or abs(divergences[ours] - divergences[theirs]) <= 1e-12
+    found.update(argmin_equal=equal / len(histograms), reference=f"nvidia-modelopt {version}")
+    return found
+
+
+def load_reference() -> tuple[Any, str] | None:
+    """ModelOpt's `_compute_amax_entropy`, from its file: importing the package loads half of transformers."""
+    import ast
+    import importlib.metadata
+    from collections import Counter
+
+    spec = importlib.util.find_spec("modelopt")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    import torch
+    from scipy.stats import entropy
+
+    root = Path(next(iter(spec.submodule_search_locations)))
+    tree = ast.parse((root / "torch/quantization/calib/histogram.py").read_text(encoding="utf-8"))
+    name = "_compute_amax_entropy"
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    scope: dict[str, Any] = {"np": np, "Counter": Counter, "entropy": entropy, "torch": torch}
+    exec(compile(ast.Module([function], []), "modelopt", "exec"), scope)
+    return scope[name], importlib.metadata.version("nvidia-modelopt")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--histograms", type=int, default=200)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--side", choices=sorted(SIDES), help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        side_main(options.side, options.model, options.images, options.batch)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        paths = export(Path(folder))
+        result = compare(paths, options.runs, options.images, options.batch, quick=options.quick)
+        result.update(compare_search(paths["mobilenet_v2"], options.histograms, quick=options.quick))
+    if options.json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        limit = LIMITS.get(name)
+        print(f"{name}: {value}" + (f" (target {limit})" if limit else ""))
+
+
+if __name__ == "__main__":
+    main()
