@@ -19,7 +19,7 @@ def merge_profiles(profiles: Sequence[Profile]) -> dict[str, DimRange]:
     """For each dimension the range that covers it in every profile; `opt` is the first profile's.
 
     Raises:
-        ConfigError: a dimension that is in one profile and not in another.
+        ConfigError: a dimension that is in one profile and not in another, or whose name is no identifier.
     """
     merged: dict[str, DimRange] = {}
     for number, profile in enumerate(profiles):
@@ -29,6 +29,8 @@ def merge_profiles(profiles: Sequence[Profile]) -> dict[str, DimRange]:
                 fix="give each profile a range for every dimension",
             )
         for name, dim in profile.items():
+            if not name.isidentifier():  # torch.export.Dim takes no other
+                raise ConfigError(f"dimension {name!r} is no name", fix="use letters, digits and underscores")
             first = merged.get(name, dim)
             merged[name] = DimRange(min(first.min, dim.min), first.opt, max(first.max, dim.max))
     return merged

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trtforge.converter.dims import fix_static, merge_profiles
-from trtforge.converter.signature import ExampleInputs, bind_call, tensor_leaves
+from trtforge.converter.signature import ExampleInputs, bind_call, forward_signature, tensor_leaves
 from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.inputs import make_inputs
 from trtforge.runtime.specs import DTYPES, DimRange, InputSpec, Profile, ValueRange
@@ -48,7 +48,7 @@ def example_from_specs(
         _place(tree, spec.name.split("."), to_torch(arrays[spec.name]).to(device), spec.name)
     _check_parameters(module, tree)
     arguments = {name: _tuples(value) for name, value in tree.items()}
-    kinds = {name: p.kind for name, p in inspect.signature(module.forward).parameters.items()}
+    kinds = {name: p.kind for name, p in forward_signature(module).parameters.items()}
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     for name, value in arguments.items():
@@ -104,6 +104,7 @@ def example_from_inputs(
                 f"dimension {name!r} is in no input's shape",
                 fix=f'name it where it belongs, as in inputs={{"{names[0] if names else "x"}": ("{name}", …)}}',
             )
+    _check_shared_sizes(specs, tensors)
     grown = [_grow(tensor, spec) for tensor, spec in zip(tensors, specs, strict=True)]
     call = ExampleInputs(tuple(args), kwargs, specs)
     new_args, new_kwargs = call.bind(grown)
@@ -146,7 +147,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _check_parameters(module: torch.nn.Module, tree: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(module.forward).parameters
+    parameters = forward_signature(module).parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     what = f"{type(module).__name__}.forward"
     known = [name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -190,6 +191,18 @@ def _spec_of(name: str, tensor: torch.Tensor, shape: ShapeLike | None, dims: Map
         else:
             resolved.append(dim if dims[dim].min != dims[dim].max else size)
     return InputSpec(name, dtype, tuple(resolved), _seen_values(tensor))
+
+
+def _check_shared_sizes(specs: Sequence[InputSpec], tensors: Sequence[torch.Tensor]) -> None:
+    sizes: dict[str, tuple[int, str]] = {}
+    for spec, tensor in zip(specs, tensors, strict=True):
+        for dim, size in zip(spec.shape, tensor.shape, strict=True):
+            if isinstance(dim, str) and sizes.setdefault(dim, (size, spec.name))[0] != size:
+                raise ConfigError(
+                    f"dimension {dim!r} has size {size} in the example of {spec.name!r} and {sizes[dim][0]} in that of "
+                    f"{sizes[dim][1]!r}",
+                    fix="give them one size, or two names",
+                )
 
 
 def _seen_values(tensor: torch.Tensor) -> ValueRange | None:

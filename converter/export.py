@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import onnxscript.optimizer
 import torch
 from onnx_ir.passes.common import OutputFixPass
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trtforge.converter.cleanup import clean
 from trtforge.converter.dims import merge_profiles, rename_dims
@@ -144,11 +146,14 @@ def _capture(flat: FlatCall, example: ExampleInputs, dims: Mapping[str, DimRange
 def _translate(program: torch.export.ExportedProgram, example: ExampleInputs, opset: int) -> ir.Model:
     try:
         with _capture_settings():
-            result = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, optimize=True)
+            result = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, optimize=False)
     except Exception as error:
         raise explain_translation(error, program, opset) from error
     assert result is not None
     model = result.model
+    # `optimize=True` does this too (BatchNorm into Conv, constants folded), and at opset 23 fuses RotaryEmbedding with
+    # a cache of batch 1, which onnxruntime and TensorRT refuse (Llama).
+    onnxscript.optimizer.optimize(model)
     if len(model.graph.inputs) != len(example.specs):
         raise ExportError(
             f"the graph has {len(model.graph.inputs)} inputs, the module was called with {len(example.specs)} tensors"
@@ -166,6 +171,9 @@ def _capture_settings() -> Iterator[None]:
         # Sizes of 1 stay dynamic: no branch on `size == 1` is taken into the graph.
         config: Any = torch.fx.experimental._config
         stack.enter_context(config.patch(backed_size_oblivious=True))
+        # Which attention kernel a CPU would choose decides on strides, and torch chooses twice: T5's reshape, a view
+        # when captured, is impossible when translated.
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for patch in _rnn_patches():
             stack.enter_context(patch())
         yield

@@ -20,7 +20,7 @@ from torch.utils import _pytree
 from trtforge.runtime.errors import ConfigError, ExportError, TrtForgeError
 from trtforge.runtime.specs import InputSpec
 
-__all__ = ["ExampleInputs", "bind_call", "name_outputs", "tensor_leaves"]
+__all__ = ["ExampleInputs", "bind_call", "forward_signature", "name_outputs", "tensor_leaves"]
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
@@ -73,13 +73,26 @@ def name_outputs(result: Any) -> list[tuple[str, torch.Tensor]]:
     return [(path if named else f"output_{path}", tensor) for path, tensor in tensor_leaves(result, ExportError)]
 
 
+def forward_signature(module: torch.nn.Module) -> inspect.Signature:
+    """The parameters of `forward`.
+
+    Raises:
+        ConfigError: TorchScript, which torch.export does not take.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ConfigError(
+            "the model is TorchScript", why="torch.export captures Python", fix="give the nn.Module it was made from"
+        )
+    return inspect.signature(module.forward)
+
+
 def bind_call(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
     """Flat names of the tensors in `module(*args, **kwargs)`, in the order of `ExampleInputs.tensors`.
 
     Raises:
         ConfigError: `forward` does not take these arguments.
     """
-    signature = inspect.signature(module.forward)
+    signature = forward_signature(module)
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -121,10 +134,11 @@ def _children(value: Any, path: str = "", error: type[TrtForgeError] = ConfigErr
     node = _pytree.SUPPORTED_NODES.get(type(value))
     if node is None:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        cache = "set `use_cache=False` in its config, or " if kind.endswith("Cache") else ""
         raise error(
             f"{path or 'the value'} is a {kind}, which holds no known tensors",
-            fix="pass and return tensors in dicts, lists, tuples or dataclasses, or register the type with torch's "
-            "pytree (torch.export.register_dataclass)",
+            fix=f"{cache}pass and return tensors in dicts, lists, tuples or dataclasses, or register the type with "
+            "torch's pytree (torch.export.register_dataclass)",
         )
     return [(str(index), child) for index, child in enumerate(node.flatten_fn(value)[0])]
 

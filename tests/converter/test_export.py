@@ -385,6 +385,49 @@ def test_inputs_that_fit_no_call(inputs: Any, shapes: dict[str, Any], message: s
         example_from_inputs(Mlp(), inputs, profiles=[BATCH], shapes=shapes)
 
 
+def test_one_dimension_of_two_sizes() -> None:
+    with pytest.raises(ConfigError, match="'batch' has size 3 in the example of 'input2' and 2 in that of 'input1'"):
+        example_from_inputs(
+            nn.Bilinear(2, 2, 2),
+            (torch.ones(2, 2), torch.ones(3, 2)),
+            profiles=[BATCH],
+            shapes={"input1": ("batch", 2), "input2": ("batch", 2)},
+        )
+
+
+def test_dimensions_with_sympys_names(check: Check) -> None:
+    dims = {"N": DimRange(1, 4, 8), "S": DimRange(1, 4, 8), "E": DimRange(1, 4, 8)}
+    module = nn.Softmax(-1)
+    model = check(module, example_from_specs(module, [InputSpec("input", "float32", ("N", "S", "E"))], [dims]), dims)
+    assert model.outputs[0].shape == ("N", "S", "E")
+
+
+def test_a_reshape_of_attention(check: Check) -> None:
+    """T5's: torch chose one attention kernel when it captured and another, of other strides, when it translated."""
+
+    class Heads(nn.Module):
+        def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            q = x.view(*x.shape[:2], 2, 4).transpose(1, 2)
+            y = nn.functional.scaled_dot_product_attention(q, q * 2, q * 3, attn_mask=bias)
+            return y.transpose(1, 2).reshape(*x.shape[:2], -1)
+
+    specs = [InputSpec("x", "float32", ("batch", "seq", 8)), InputSpec("bias", "float32", (1, 2, "seq", "seq"))]
+    check(Heads(), example_from_specs(Heads(), specs, [BOTH]), BOTH)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+def test_torchscript_is_refused() -> None:
+    script = torch.jit.script(nn.ReLU())
+    with pytest.raises(ConfigError, match="is TorchScript"):
+        example_from_inputs(script, torch.ones(2))
+
+
+@pytest.mark.parametrize("name", ["batch-size", "", "1"])
+def test_a_dimension_that_is_no_name(name: str) -> None:
+    with pytest.raises(ConfigError, match="is no name"):
+        example_from_specs(Mlp(), [InputSpec("x", "float32", (name, 4))], [{name: DimRange(1, 2, 3)}])
+
+
 def test_profiles_that_differ_in_their_dimensions() -> None:
     profiles = [{"batch": DimRange(1, 1, 1)}, {"rows": DimRange(1, 1, 1)}]
     with pytest.raises(ConfigError, match="'batch' is in one profile and not in another"):
