@@ -30,6 +30,8 @@ _KEPT: Mapping[str, frozenset[str]] = {
     "Resize": frozenset({"T2"}),  # the region of interest: coordinates
     "OneHot": frozenset({"T1", "T2"}),  # float indices and depth: past 2048 not exact in fp16
     "Dropout": frozenset({"T1", "T2"}),  # the ratio, unused at inference; bfloat16 from opset 22 only
+    # Variances of dead channels vanish in fp16. RTX builds the mixture; TensorRT folds all of it into a scale.
+    "BatchNormalization": frozenset({"T1", "T2", "U"}),
     "LayerNormalization": frozenset({"U"}),  # Mean and InvStdDev are of the type that `stash_type` names
 }
 
@@ -41,6 +43,10 @@ _REFUSED: Mapping[ir.DataType, frozenset[str]] = {
         "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Shrink",
     }),
 }  # fmt: skip
+
+_SMALLEST_NORMAL = 2.0**-14
+_VANISHING = 2.0**-22
+"""Four times fp16's smallest number: a constant below it would become 0 or lose more than an eighth of itself."""
 
 _EXACT = {ir.DataType.FLOAT16: 2048, ir.DataType.BFLOAT16: 256}
 """Up to here a type holds every integer."""
@@ -155,12 +161,10 @@ class _Rules:
                 return _keep(node, "fp32", "overflow", _too_large("its value", worst, precision))
         clamps = []
         for slot in sorted(inputs):
-            worst = self._beyond(node, slot, dtype)
-            if worst and self._may_clamp(node, slot):
+            reason = _unfit(node, slot, precision)
+            if reason and self._beyond(node, slot, dtype) and self._may_clamp(node, slot, dtype):
                 clamps.append(slot)
-            elif worst:
-                value = node.inputs[slot]
-                reason = _too_large(f"its constant {value.name if value else ''}", worst, precision)
+            elif reason:
                 return self._clamped(_keep(node, "fp32", "overflow", reason), node)
         return Decision(
             node.name or "", node.op_type, precision, wish.origin, wish.reason, dtype,
@@ -173,24 +177,43 @@ class _Rules:
             return decision
         clamps = frozenset(
             slot for slot in float_slots(node)[0]
-            if not is_limit(node, slot) and self._may_clamp(node, slot) and self._beyond(node, slot, self.default)
+            if not is_limit(node, slot)
+            and self._beyond(node, slot, self.default)
+            and self._may_clamp(node, slot, self.default)
         )  # fmt: skip
         return replace(decision, clamps=clamps, clamp_type=self.default)
 
-    def _beyond(self, node: ir.Node, slot: int, dtype: ir.DataType) -> float:
-        """The largest |x| of the constant at `slot` where that is beyond the type's range, else 0."""
+    def _beyond(self, node: ir.Node, slot: int, dtype: ir.DataType) -> bool:
         tensor = constant_tensor(node.inputs[slot])
-        worst = largest_magnitude(tensor) if tensor is not None else 0.0
-        return worst if worst > largest_value(dtype) else 0.0
+        return tensor is not None and largest_magnitude(tensor) > largest_value(dtype)
 
-    def _may_clamp(self, node: ir.Node, slot: int) -> bool:
+    def _may_clamp(self, node: ir.Node, slot: int, dtype: ir.DataType) -> bool:
         if is_limit(node, slot):
             return True
         value, tensor = node.inputs[slot], constant_tensor(node.inputs[slot])
         masked = value in self.masks or (
             node.op_type == "Mul" and node.domain == "" and all(output in self.masks for output in node.outputs)
         )
-        return masked and tensor is not None and bool((tensor.numpy() <= largest_value(self.default)).all())
+        return masked and tensor is not None and bool((tensor.numpy() <= largest_value(dtype)).all())
+
+
+def _unfit(node: ir.Node, slot: int, precision: Precision) -> str:
+    """Why the constant at `slot`, if it is one, cannot be held in `precision`; "" where it can."""
+    value, tensor = node.inputs[slot], constant_tensor(node.inputs[slot])
+    if value is None or tensor is None:
+        return ""
+    worst = largest_magnitude(tensor)
+    if worst > largest_value(FLOAT_TYPES[precision]):
+        return _too_large(f"its constant {value.name}", worst, precision)
+    if precision != "fp16":
+        return ""  # bfloat16 reaches as far down as float32
+    if 0 < worst < _VANISHING:
+        return f"its constant {value.name} is at most {worst:.6g}, fp16 has no digits below {_VANISHING:.3g}"
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear") and slot == 1:
+        smallest = float(np.abs(tensor.numpy()).min(initial=np.inf))
+        if smallest < _SMALLEST_NORMAL:
+            return f"its scale {value.name} goes down to {smallest:.6g}, fp16 loses digits below {_SMALLEST_NORMAL:.3g}"
+    return ""
 
 
 def _too_large(what: str, worst: float, precision: Precision) -> str:

@@ -59,7 +59,8 @@ def overflow_rules(
     InstanceNormalization, GroupNormalization and RMSNormalization, the sums of ReduceL2, ReduceMean, LpNormalization,
     GlobalAveragePool and ReduceLogSumExp, the probabilities of LogSoftmax (which vanish), and a bound on the scores of
     Attention (the product of the largest row norms of Q and K). Very negative values that only mean "masked" don't
-    count, nor do infinities: float16 has those. Weights beyond the range need no samples: `assign` keeps their nodes.
+    count, nor do infinities: float16 has those. Tensors without any element in fp16's normal range, from 2^-14 on, are
+    kept in fp32 as well. Weights beyond the range need no samples: `assign` keeps their nodes.
 
     Two samples of each shape are run, and where all inputs lead with one named dimension, a batch, no more rows than
     the smallest sample has: time goes into the spread of values and lengths, not into more of the same.
@@ -93,6 +94,10 @@ def overflow_rules(
         size = check.size(numbers)
         if size * margin > check.limit:
             reasons[check.node] = check.reason(size)
+        elif check.size is max and 0 < size < _SMALLEST_NORMAL and check.probes[0].kind == "abs":
+            reasons[check.node] = (
+                f"{check.what} is at most {size:.6g} on the samples, fp16 loses digits below {_SMALLEST_NORMAL:.3g}"
+            )
     return tuple(Rule("fp32", id=node.name or "", origin="overflow", reason=reason) for node, reason in reasons.items())
 
 

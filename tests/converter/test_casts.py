@@ -193,6 +193,33 @@ def test_a_weight_beyond_the_range_keeps_its_node() -> None:
     assert by_op(apply_plan(model_of(text, w=infinite), PrecisionPlan("fp16")))["MatMul"].precision == "fp16"
 
 
+def test_a_constant_that_would_vanish_keeps_its_node() -> None:
+    text = "g (float[n] x) => (float[n] y) { a = Add(x, eps) y = Sqrt(a) }"
+    decisions = by_op(apply_plan(model_of(text, eps=np.float32(1e-12)), PrecisionPlan("fp16")))
+    assert decisions["Add"].reason == "its constant eps is at most 1e-12, fp16 has no digits below 2.38e-07"
+    for eps, precision in ((1e-6, "fp16"), (0.0, "fp16"), (1e-12, "bf16")):
+        plan = PrecisionPlan(precision)  # type: ignore[arg-type]
+        assert by_op(apply_plan(model_of(text, eps=np.float32(eps)), plan))["Add"].precision == precision
+
+
+def test_scales_below_the_normal_range_keep_their_node() -> None:
+    text = "g (int8[n,2] x) => (float[n,2] y) { y = DequantizeLinear<axis = 1>(x, s) }"
+    for smallest, precision in ((1e-5, "fp32"), (1e-4, "fp16")):
+        model = model_of(text, s=np.array([0.1, smallest], np.float32))
+        assert by_op(apply_plan(model, PrecisionPlan("fp16")))["DequantizeLinear"].precision == precision
+        check_types(model)
+
+
+def test_batch_norm_statistics_stay_in_float32() -> None:
+    ones = np.ones(3, np.float32)
+    text = "g (float[n,3,4] x) => (float[n,3,4] y) { y = BatchNormalization(x, s, b, m, v) }"
+    model = model_of(text, s=ones, b=ones, m=ones, v=ones * 1e-9)
+    assert by_op(apply_plan(model, PrecisionPlan("fp16")))["BatchNormalization"].precision == "fp16"
+    (norm,) = nodes(model, "BatchNormalization")
+    assert [value.dtype for value in norm.inputs if value is not None] == [F16, F32, F32, F32, F32]
+    check_types(model)
+
+
 def test_a_filler_beyond_the_range_keeps_its_node() -> None:
     text = (
         "g (float[n,2] x) => (float[n,2] y) { s = Shape(x) c = ConstantOfShape<value=float[1]{1e6}>(s) y = Add(x, c) }"

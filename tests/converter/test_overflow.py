@@ -53,6 +53,16 @@ def test_a_large_activation_keeps_its_producer_and_its_consumers() -> None:
     assert kept(model, [1, 20]) == {}
 
 
+def test_tensors_that_vanish_are_kept_too() -> None:
+    model = model_of("g (float[n] x) => (float[n] y) { a = Mul(x, k) y = Mul(a, big) }", k=np.float32(1e-5),
+                     big=np.float32(1e4))  # fmt: skip
+    assert kept(model, [1]) == {
+        "Mul/a": "its output a is at most 1e-05 on the samples, fp16 loses digits below 6.1e-05",
+        "Mul/y": "its input a is at most 1e-05 on the samples, fp16 loses digits below 6.1e-05",
+    }
+    assert kept(model, [100]) == kept(model, [0]) == {}
+
+
 def test_the_margin_is_for_inputs_that_were_not_sampled() -> None:
     model = model_of("g (float[n] x) => (float[n] y) { y = Neg(x) }")
     feeds = [{"x": np.array([40000], np.float32)}]
