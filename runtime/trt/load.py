@@ -71,6 +71,7 @@ class OpenEngine:
         """Drops the engine, then the runtime; its contexts must be gone."""
         self.engine = None
         self._runtime = None
+        self.tf32.release()
 
     def refused(self, what: str) -> ArtifactError:
         """An error that says `what` the engine did, and why according to TensorRT's log."""

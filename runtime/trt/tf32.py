@@ -7,10 +7,10 @@ value it was built under: under another one it refuses a context, and a context'
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 __all__ = ["MatchingTf32", "set_build_tf32"]
@@ -27,33 +27,67 @@ def set_build_tf32(tf32: bool) -> None:
 
 
 class MatchingTf32:
-    """Calls what an engine refuses under another value of the variable than it was built under.
+    """Holds the variable at the value that an engine was built under, from its first context until `release`.
 
-    The engine does not tell which: the first call tries "0", which every plan but tf32 is built under, then none, and
-    later calls keep to the one that worked. Making a context is such a call, and so is switching its profile.
+    Not only a context and its change of profile are refused under another value: kernels that TensorRT-RTX compiles
+    later, for shapes it has not seen, go by the variable too (measured: TF32's error from a float32 engine). So it is
+    held for the whole process as long as such an engine lives, and engines of the other kind cannot live beside it.
     """
 
     def __init__(self) -> None:
-        self._value: str | None = "0"
-        self._known = False
+        self._value: str | None = None
+        self._holds = False
 
     def __call__(self, call: Callable[[], T | None], on_retry: Callable[[], None]) -> T | None:
-        """What `call` gives, or None (or False) where the engine refuses; the environment is left as it was.
+        """What `call` gives, or None (or False) where the engine refuses.
+
+        The engine does not tell its value: "0" is tried first, which every plan but tf32 is built under, then none; or
+        only the value that another live engine holds.
 
         Args:
             call: Asks the engine.
             on_retry: Called between two tries, to forget what TensorRT logged of the first.
         """
-        with _LOCK, _restored():
-            _set(self._value)
-            made = call()
-            if not made and not self._known:
-                on_retry()
-                self._value = None
-                _set(None)
+        with _LOCK:
+            if self._holds:
+                return call()
+            before = os.environ.get(_VARIABLE)
+            values = list(_HELD) or ["0", None]
+            for number, value in enumerate(values):
+                if number:
+                    on_retry()
+                _set(value)
                 made = call()
-            self._known = self._known or bool(made)
-            return made
+                if made:
+                    self._value, self._holds = value, True
+                    _HELD.setdefault(value, _Held(before)).engines += 1
+                    return made
+            _set(before)
+            return None
+
+    def release(self) -> None:
+        """Lets go of the variable; the last engine puts it back as it was before the first."""
+        with _LOCK:
+            if not self._holds:
+                return
+            self._holds = False
+            held = _HELD[self._value]
+            held.engines -= 1
+            if not held.engines:
+                del _HELD[self._value]
+                _set(held.before)
+
+
+@dataclass(slots=True)
+class _Held:
+    """What the variable was before, and how many live engines hold it now."""
+
+    before: str | None
+    engines: int = 0
+
+
+_HELD: dict[str | None, _Held] = {}
+"""At most one entry: the value that live engines need."""
 
 
 def _set(value: str | None) -> None:
@@ -61,12 +95,3 @@ def _set(value: str | None) -> None:
         os.environ.pop(_VARIABLE, None)
     else:
         os.environ[_VARIABLE] = value
-
-
-@contextlib.contextmanager
-def _restored() -> Iterator[None]:
-    before = os.environ.get(_VARIABLE)
-    try:
-        yield
-    finally:
-        _set(before)
