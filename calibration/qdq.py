@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trtforge.calibration.placement import Placement, QuantizedTensor, Use
-from trtforge.calibration.ranges import CODE_MAX, QuantFormat, Ranges
+from trtforge.calibration.ranges import QuantFormat, Ranges
 from trtforge.calibration.weights import constant_array, fit_scale, is_constant, quantize_weight
 from trtforge.runtime.errors import CalibrationError
 from trtforge.runtime.graph import META_LINE, META_MODULE, META_ORIGIN
@@ -117,32 +117,13 @@ class _Writer:
             base = value.name or tensor.name
             arguments = self._parameters(base, np.array(scale, dtype=np.float32), tensor.format, dtype)
             reader = self.nodes[uses[0].node]
-            before = []
-            if tensor.format == "fp8":
-                before = [self._saturate(value, base, float(scale), dtype, reader)]
-            source = before[0].outputs[0] if before else value
-            quantize = self._node("QuantizeLinear", [source, *arguments], base, "quantized", reader)
+            quantize = self._node("QuantizeLinear", [value, *arguments], base, "quantized", reader)
             quantize.outputs[0].dtype = _CODES[tensor.format]
             dequantize = self._node("DequantizeLinear", [quantize.outputs[0], *arguments], base, "dequantized", reader)
             dequantize.outputs[0].dtype = dtype
             quantize.outputs[0].shape = dequantize.outputs[0].shape = value.shape
-            self._connect(uses, dequantize.outputs[0], [*before, quantize, dequantize])
+            self._connect(uses, dequantize.outputs[0], [quantize, dequantize])
             self.pairs += 1
-
-    def _saturate(self, value: ir.Value, base: str, scale: float, dtype: ir.DataType, reader: ir.Node) -> ir.Node:
-        """A Clip to the range: ONNX's Q saturates, but RTX 1.6's FP8 gives NaN beyond it (measured on an H100)."""
-        kind = dtype.numpy()
-        stored = float(np.array(scale, dtype=kind))
-        limit = np.array(CODE_MAX["fp8"] * stored, dtype=kind)
-        if float(limit) / stored > CODE_MAX["fp8"]:  # rounded up; one unit lower is inside
-            bits = np.uint16 if limit.itemsize == 2 else np.uint32
-            limit = np.array(limit.view(bits) - 1, dtype=bits).view(kind)
-        low = self._initializer(f"{base}_low", ir.Tensor(-limit, dtype=dtype))
-        high = self._initializer(f"{base}_high", ir.Tensor(limit, dtype=dtype))
-        node = self._node("Clip", [value, low, high], base, "saturated", reader)
-        node.outputs[0].dtype = dtype
-        node.outputs[0].shape = value.shape
-        return node
 
     def quantize_weight(self, uses: tuple[Use, ...], format: QuantFormat, axis: int | None) -> None:
         for value, same in self._by_value(uses).items():
