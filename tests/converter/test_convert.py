@@ -18,6 +18,9 @@ from trtforge.converter import cli
 
 CASES = Path(__file__).parents[1] / "cases" / "case_models.py"
 
+STRICT = {"tolerance": {"sqnr_db": 200}}
+NO_SUCH_OP = {"op": "Cnv", "precision": "fp32"}
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -92,7 +95,7 @@ def test_one_altered_byte_in_any_file_is_exit_5(run: Run, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("factory", "shape", "more", "code", "said"),
     [
-        ("healthy", "[batch, 3, 16, 16]", {"precision": "fp16", "validation": {"tolerance": {"sqnr_db": 200}}}, 4, "SQNR"),
+        ("healthy", "[batch, 3, 16, 16]", {"precision": "fp16", "validation": STRICT}, 4, "SQNR"),
         ("Zero", "[batch, 4]", {}, 4, "not proved"),
         ("Branch", "[batch, 4]", {}, 3, "case_models.py"),
         ("Frozen", "[batch, 4]", {}, 3, "batch"),
@@ -104,7 +107,7 @@ def test_one_altered_byte_in_any_file_is_exit_5(run: Run, tmp_path: Path) -> Non
         ("healthy", "[batch, 4]", {"precision": "fp17"}, 2, "did you mean"),
         ("healthy", "[batch, 4]", {"source": {"factory": "case_modls:healthy"}}, 2, "case_models"),
         ("healthy", "[batch, 4]", {"source": {"factory": "case_models:healthy", "checkpoint": "no.pt"}}, 2, "no.pt"),
-        ("healthy", "[batch, 4]", {"precision": {"default": "fp16", "rules": [{"op": "Cnv", "precision": "fp32"}]}}, 2, "Conv"),
+        ("healthy", "[batch, 4]", {"precision": {"default": "fp16", "rules": [NO_SUCH_OP]}}, 2, "Conv"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_has_its_exit_code_and_leaves_nothing(

@@ -106,8 +106,8 @@ def shake_norms(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-@pytest.mark.parametrize("opset", [20, 23])
-@pytest.mark.parametrize("name", MODELS)
+# Attention is what opset 23 changes.
+@pytest.mark.parametrize(("name", "opset"), [*((name, 23) for name in MODELS), ("vit", 20), ("encoder", 20)])
 def test_parity_at_every_size(name: str, opset: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = MODELS[name]()

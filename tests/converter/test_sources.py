@@ -36,7 +36,8 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 
 def load(folder: Path, **source: Any) -> LoadedModel:
-    return load_source(ConversionConfig("m", source=Source(**{"factory": "source_models:net", **source}), folder=folder))
+    chosen = Source(**{"factory": "source_models:net", **source})
+    return load_source(ConversionConfig("m", source=chosen, folder=folder))
 
 
 def good_state(width: int = 4) -> dict[str, torch.Tensor]:
