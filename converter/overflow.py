@@ -38,16 +38,26 @@ _BOUNDED = frozenset({"Cos", "Erf", "HardSigmoid", "Sigmoid", "Sign", "Sin", "So
 
 @dataclass(frozen=True)
 class _Check:
-    """One thing that can overflow in a node: measured numbers, the size they imply, how large it may be, and a name."""
+    """One thing that can overflow in a node: measured numbers, the size they imply, how large it may be, and a name.
+
+    `floor` is how small it may be: 0 where that does not matter.
+    """
 
     node: ir.Node
     probes: tuple[Probe, ...]
     size: Callable[[list[float]], float]
     what: str
     limit: float = _LIMIT
+    floor: float = 0.0
 
-    def reason(self, size: float) -> str:
-        return f"{self.what} reaches {size:.6g} on the samples, fp16 ends at {self.limit:.6g}"
+    def judge(self, numbers: list[float], margin: float) -> str:
+        """What is wrong with the measured numbers; "" where nothing is."""
+        size = self.size(numbers)
+        if size * margin > self.limit:
+            return f"{self.what} reaches {size:.6g} on the samples, fp16 ends at {self.limit:.6g}"
+        if 0 < size < self.floor:
+            return f"{self.what} is at most {size:.6g} on the samples, fp16 loses digits below {self.floor:.3g}"
+        return ""
 
 
 def overflow_rules(
@@ -59,8 +69,9 @@ def overflow_rules(
     InstanceNormalization, GroupNormalization and RMSNormalization, the sums of ReduceL2, ReduceMean, LpNormalization,
     GlobalAveragePool and ReduceLogSumExp, the probabilities of LogSoftmax (which vanish), and a bound on the scores of
     Attention (the product of the largest row norms of Q and K). Very negative values that only mean "masked" don't
-    count, nor do infinities: float16 has those. Tensors without any element in fp16's normal range, from 2^-14 on, are
-    kept in fp32 as well. Weights beyond the range need no samples: `assign` keeps their nodes.
+    count, nor do infinities: float16 has those. A node that computes with, or gives, a tensor without any element in
+    fp16's normal range (from 2^-14 on) is kept in fp32 as well, unless it is a mere term of a sum. Weights beyond the
+    range need no samples: `assign` keeps their nodes.
 
     Two samples of each shape are run, and where all inputs lead with one named dimension, a batch, no more rows than
     the smallest sample has: time goes into the spread of values and lengths, not into more of the same.
@@ -91,13 +102,8 @@ def overflow_rules(
         numbers = [seen[probe] for probe in check.probes if math.isfinite(seen.get(probe, math.inf))]
         if check.node in reasons or not numbers or (check.size is not max and len(numbers) < len(check.probes)):
             continue
-        size = check.size(numbers)
-        if size * margin > check.limit:
-            reasons[check.node] = check.reason(size)
-        elif check.size is max and 0 < size < _SMALLEST_NORMAL and check.probes[0].kind == "abs":
-            reasons[check.node] = (
-                f"{check.what} is at most {size:.6g} on the samples, fp16 loses digits below {_SMALLEST_NORMAL:.3g}"
-            )
+        if reason := check.judge(numbers, margin):
+            reasons[check.node] = reason
     return tuple(Rule("fp32", id=node.name or "", origin="overflow", reason=reason) for node, reason in reasons.items())
 
 
@@ -142,7 +148,11 @@ def _checks(node: ir.Node, decision: Decision, masks: set[ir.Value]) -> Iterator
     for side, value in slots:
         probes = tuple(_magnitude(value, masks)) if value is not None else ()
         if value is not None and probes:
-            yield _Check(node, probes, max, f"its {side} {value.name}")
+            # To a sum it does not matter that a term vanishes beside the others.
+            users = [node] if side == "input" else [user for user, _ in value.uses()]
+            added = bool(users) and all(user.op_type in ("Add", "Sub", "Sum") for user in users)
+            floor = 0.0 if added or value in masks or node.op_type in _BOUNDED_BY else _SMALLEST_NORMAL
+            yield _Check(node, probes, max, f"its {side} {value.name}", floor=floor)
     if node.domain == "":
         yield from _inside(node)
 

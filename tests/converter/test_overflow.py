@@ -61,6 +61,9 @@ def test_tensors_that_vanish_are_kept_too() -> None:
         "Mul/y": "its input a is at most 1e-05 on the samples, fp16 loses digits below 6.1e-05",
     }
     assert kept(model, [100]) == kept(model, [0]) == {}
+    # A layer scale that has not been trained: the sum does not miss it.
+    residual = model_of("g (float[n] x) => (float[n] y) { a = Mul(x, k) y = Add(a, x) }", k=np.float32(1e-6))
+    assert kept(residual, [1]) == {}
 
 
 def test_the_margin_is_for_inputs_that_were_not_sampled() -> None:
