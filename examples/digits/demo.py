@@ -1,4 +1,4 @@
-"""`make demo`: trains a small CNN, converts it in fp32, fp16 and bf16, and shows what each engine costs and is worth."""
+"""`make demo`: trains a small CNN, converts it in fp32, fp16 and bf16, and shows what each engine costs and gives."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def train(path: Path, epochs: int = 12, seed: int = 0) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
     steps = epochs * (len(images) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
-    for step in range(steps):
+    for _ in range(steps):
         chosen = torch.randint(len(images), (64,))
         loss = torch.nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
         optimizer.zero_grad()

@@ -98,7 +98,7 @@ def test_one_altered_byte_in_any_file_is_exit_5(run: Run, tmp_path: Path) -> Non
         ("healthy", "[batch, 3, 16, 16]", {"precision": "fp16", "validation": STRICT}, 4, "SQNR"),
         ("Zero", "[batch, 4]", {}, 4, "not proved"),
         ("Branch", "[batch, 4]", {}, 3, "case_models.py"),
-        ("Frozen", "[batch, 4]", {}, 3, "batch"),
+        ("Frozen", "[batch, 4]", {"dims": {"batch": [2, 8, 16]}}, 3, "dimension 'batch' froze at 8"),
         ("Unsupported", "[batch, 4]", {}, 3, "Unique"),
         ("Raises", "[batch, 4]", {}, 3, "the user's own key"),
         ("raising_factory", "[batch, 4]", {}, 2, "the factory's own error"),
