@@ -3,8 +3,8 @@
     python benchmarks/overhead.py [--runs 3] [--json]
 
 Both sides run in turn in this process, after one run of each that is not counted; the ratio is of the medians. The
-Both sides run in turn in this process, after one run of each that is not counted; the ratio is of the medians. The
-bare side is what the documentation of both libraries shows: export with a dynamic batch, save, parse, one profile, build.
+bare side is what the documentation of both libraries shows: export with a dynamic batch, save, parse, one profile,
+build. `startup` is `trtforge --help` over the bare interpreter, in seconds.
 """
 
 from __future__ import annotations
