@@ -118,8 +118,8 @@ The last two are chaotic: batch norms that were fitted to untrained weights ampl
 
 - export: the float graph on onnxruntime. On CPUs no TF32 result reaches 80 dB and every fp32 one does.
 - fp32: GPUs sum long products one after the other. Measured on an H100 with RTX 1.6.1, TF32 off: one 3x3 convolution of
-  64 channels 107 dB, of 512 channels 91 dB; ResNet-50 76 dB, ViT-B/16 92 dB, LSTM 116 dB. 70 dB is below these and above
-  what TF32 leaves of most models: it tells, too, that TF32 was left on.
+  64 channels 107 dB, of 512 channels 91 dB; ResNet-50 76 dB, ViT-B/16 92 dB, LSTM 116 dB. 70 dB is below these, and
+  above what TF32 leaves of most models: it tells, too, that TF32 was left on.
 - tf32, fp16: the same significand, so the same limits. fp16's range is another matter; it shows as NaN, Inf or 0 dB.
 - bf16: 3 bits (18 dB) less than fp16, whence most models keep 35 dB; the limit is what the chaotic ones keep.
 - int8, fp8: what the format costs is a matter of model and calibration, and task accuracy decides. These limits only
