@@ -174,20 +174,33 @@ def _capture_settings() -> Iterator[None]:
         # Which attention kernel a CPU would choose decides on strides, and torch chooses twice: T5's reshape, a view
         # when captured, is impossible when translated.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        for patch in _rnn_patches():
-            stack.enter_context(patch())
+        stack.enter_context(_recurrent_loops())
         yield
 
 
-def _rnn_patches() -> list[Any]:
-    # A length that is dynamic survives an LSTM only with torch's decomposition into a loop. Without it the translation
-    # writes the example's length into the shapes behind it, though the operator itself stays dynamic.
+@contextlib.contextmanager
+def _recurrent_loops() -> Iterator[None]:
+    """Lets a dynamic length survive an LSTM or GRU, by torch's decomposition of them into loops.
+
+    Without it the capture freezes the length; with it around the capture alone, as in `torch.onnx.export`, the
+    translation writes the example's length into the shapes behind the operator, which itself becomes ONNX's LSTM.
+    """
     try:
         from torch.export import _patches
-    except ImportError:
-        return []
-    names = ("register_lstm_while_loop_decomposition", "register_gru_while_loop_decomposition")
-    return [getattr(_patches, name) for name in names if hasattr(_patches, name)]
+    except ImportError:  # before torch 2.10
+        yield
+        return
+    # torch keeps the kernel that an operator used last in a cache: a capture before this one, by whomever, would make
+    # the loops ineffective, and these would outlive their context.
+    operators: tuple[Any, ...] = (torch.ops.aten.lstm.input, torch.ops.aten.gru.input)
+    try:
+        with _patches.register_lstm_while_loop_decomposition(), _patches.register_gru_while_loop_decomposition():
+            for operator in operators:
+                getattr(operator, "_dispatch_cache", {}).clear()
+            yield
+    finally:
+        for operator in operators:
+            getattr(operator, "_dispatch_cache", {}).clear()
 
 
 @contextlib.contextmanager

@@ -161,19 +161,19 @@ def _convert(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
 
 
 def _copy_names(old: onnx.GraphProto, new: onnx.GraphProto) -> None:
-    """The converter drops the names of nodes, not those of values."""
-    names = {value: node.name for node in old.node for value in node.output if value}
-    bodies = {value: node for node in old.node for value in node.output if value}
+    """The converter drops the metadata of nodes, and before onnx 1.23 their names, but keeps the names of values."""
+    makers = {value: node for node in old.node for value in node.output if value}
     for node in new.node:
-        first = next((value for value in node.output if value in names), None)
-        if first is None:
+        maker = next((makers[value] for value in node.output if value in makers), None)
+        if maker is None:
             continue
-        if not node.name:
-            node.name = names[first]
-        source = {attribute.name: attribute for attribute in bodies[first].attribute}
+        node.name = node.name or maker.name
+        if not node.metadata_props:
+            node.metadata_props.extend(maker.metadata_props)
+        bodies = {attribute.name: attribute.g for attribute in maker.attribute}
         for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH and attribute.name in source:
-                _copy_names(source[attribute.name].g, attribute.g)
+            if attribute.type == onnx.AttributeProto.GRAPH and attribute.name in bodies:
+                _copy_names(bodies[attribute.name], attribute.g)
 
 
 def _match_inputs(model: ir.Model, wanted: Sequence[InputSpec], profiles: Sequence[Profile]) -> tuple[InputSpec, ...]:
