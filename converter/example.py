@@ -74,7 +74,7 @@ def example_from_inputs(
 
     Args:
         module: What will be called.
-        inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        inputs: A tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
         profiles: Ranges of the named dimensions.
         shapes: Sizes and dimension names by flat name; inputs left out are static.
 

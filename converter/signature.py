@@ -98,7 +98,8 @@ def bind_call(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str,
     except TypeError as error:
         raise ConfigError(
             f"{type(module).__name__}.forward{signature} does not take these example inputs: {error}",
-            fix="give one tensor, a tuple of the positional arguments, or a dict by parameter name",
+            fix="give one tensor, a tuple of the positional arguments, or a dict by parameter name; a dict that is "
+            "itself the argument stands in a tuple: (batch,)",
         ) from None
     names: list[str] = []
     for name, value in bound.arguments.items():
