@@ -23,7 +23,7 @@ from trtforge.runtime.suggest import nearest
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Taps"]
+__all__ = ["Taps", "reads"]
 
 _BLOCKED_LIMIT = 500_000_000
 """Bytes of model past which the optimized graph is not written: it holds every weight again."""
@@ -143,7 +143,7 @@ def _choose_outputs(proto: onnx.ModelProto, names: Iterable[str]) -> None:
         if needed.isdisjoint(node.output):
             continue
         kept.append(node)
-        needed.update(_reads(node))
+        needed.update(reads(node))
     del graph.node[:]
     graph.node.extend(reversed(kept))
     for entries in (graph.initializer, graph.input, graph.sparse_initializer):
@@ -156,13 +156,13 @@ def _name(entry: object) -> str:
     return str(getattr(entry, "name", "") or entry.values.name)  # type: ignore[attr-defined]
 
 
-def _reads(node: onnx.NodeProto) -> set[str]:
+def reads(node: onnx.NodeProto) -> set[str]:
     """Names that a node reads, those that its subgraphs take from outside among them."""
     names = {name for name in node.input if name}
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):
             for inner in graph.node:
-                names |= _reads(inner)
+                names |= reads(inner)
             names |= {value.name for value in graph.output}
     return names
 
@@ -173,7 +173,7 @@ def _cut_reorders(proto: onnx.ModelProto, names: Iterable[str]) -> dict[str, str
 
     graph = proto.graph
     reorders = {node.output[0]: node for node in graph.node if node.op_type == "ReorderOutput"}
-    read = {name for node in graph.node for name in _reads(node)}
+    read = {name for node in graph.node for name in reads(node)}
     blocked: dict[str, str] = {}
     for name in names:
         node = reorders.get(name)
