@@ -185,7 +185,7 @@ def _facts(package: Package) -> dict[str, Any]:
             "backend": engine.backend,
             "version": engine.version,
             "compute_capabilities": list(engine.compute_capabilities),
-            "tf32": config.plan.default == "tf32",
+            "tf32": config.plan.float_default == "tf32",
             "warnings": list(engine.warnings),
         },
         "target": {

@@ -65,6 +65,7 @@ def run_pipeline(
     Raises:
         TrtForgeError: as each stage raises.
     """
+    _check_tf32(config.plan)
     backend = find_buildable(config, stages)
     with staging_folder(target.parent) as staging:
         folder, work = staging / "artifact", staging / "work"
@@ -258,7 +259,7 @@ class _Run:
             engine=self.folder / ENGINE,
             backend=self.backend.name,
             profiles=engine_profiles(specs, self.config.profiles),
-            tf32=self.config.plan.default == "tf32",
+            tf32=self.config.plan.float_default == "tf32",
             compute_capabilities=target.compute_capabilities,
             optimization_level=target.optimization_level,
             workspace_bytes=target.workspace_mib and target.workspace_mib << 20,
@@ -334,6 +335,16 @@ def find_buildable(config: ConversionConfig, stages: Stages) -> Backend | None:
         )
         return None
     return backend
+
+
+def _check_tf32(plan: PrecisionPlan) -> None:
+    rule = next((rule for rule in plan.rules if rule.precision == "tf32"), None)
+    if rule is not None and plan.float_default != "tf32":
+        raise ConfigError(
+            f"precision rule `{rule.describe()}` asks for tf32 in a plan of {plan.float_default}",
+            why="TensorRT switches TF32 for a whole engine, not for single nodes",
+            fix="make tf32 the plan's default (or `base`), or give those nodes fp32",
+        )
 
 
 def _runs_here(backend: Backend) -> bool:

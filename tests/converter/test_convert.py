@@ -20,6 +20,7 @@ CASES = Path(__file__).parents[1] / "cases" / "case_models.py"
 
 STRICT = {"tolerance": {"sqnr_db": 200}}
 NO_SUCH_OP = {"op": "Cnv", "precision": "fp32"}
+TF32_OF_ONE = {"default": "fp16", "rules": [{"op": "Conv", "precision": "tf32"}]}
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -108,6 +109,7 @@ def test_one_altered_byte_in_any_file_is_exit_5(run: Run, tmp_path: Path) -> Non
         ("healthy", "[batch, 4]", {"source": {"factory": "case_modls:healthy"}}, 2, "case_models"),
         ("healthy", "[batch, 4]", {"source": {"factory": "case_models:healthy", "checkpoint": "no.pt"}}, 2, "no.pt"),
         ("healthy", "[batch, 4]", {"precision": {"default": "fp16", "rules": [NO_SUCH_OP]}}, 2, "Conv"),
+        ("healthy", "[batch, 4]", {"precision": TF32_OF_ONE}, 2, "whole engine"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_has_its_exit_code_and_leaves_nothing(
