@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trtforge.calibration.auto import choose_ranges
-from trtforge.calibration.cache import differences, load_ranges, save_ranges
-from trtforge.calibration.collect import Collected, Shard, merge_collected, scan
+from trtforge.calibration.cache import save_ranges
+from trtforge.calibration.calibrate import run_shard
+from trtforge.calibration.collect import Shard, merge_collected
+from trtforge.calibration.loaders import read_batches
 from trtforge.calibration.parts import load_part, save_part
 from trtforge.calibration.placement import Placement
 from trtforge.calibration.ranges import Ranges
 from trtforge.calibration.sensitivity import keep_in_float, rank_layers
 from trtforge.calibration.trt_cache import ranges_from_trt_cache, read_trt_cache, write_trt_cache
 from trtforge.converter.config import Calibration, ConversionConfig
-from trtforge.converter.data import read_data
 from trtforge.converter.pipeline import find_buildable
 from trtforge.converter.progress import Event, Stages
-from trtforge.converter.quantize import collect_ranges, make_placement
+from trtforge.converter.quantize import calibration_source, find_ranges, make_placement
 from trtforge.converter.reference import Reference, make_reference
 from trtforge.converter.sources import load_source
 from trtforge.converter.types import infer_types
@@ -98,7 +97,16 @@ def calibrate_model(config: ConversionConfig, ask: Ask, stages: Stages) -> Calib
         done = Calibrated({"model": config.name, "tensors": len(placement.measured), "output": str(ask.output)})
         with stages.stage("calibrate"):
             if ask.shard is not None:
-                part = _collect(config, reference, placement, stages, ask.shard)
+                calibration = config.calibration or Calibration()
+                part = run_shard(
+                    reference.model,
+                    placement.measured,
+                    calibration_source(config, None),
+                    reference.specs,
+                    ask.shard,
+                    config.profiles,
+                    batches=calibration.batches,
+                )
                 save_part(ask.output, part)
                 done.facts |= {"shard": f"{ask.shard.index}/{ask.shard.total}", "samples": part.samples}
                 return done
@@ -121,7 +129,6 @@ def _ranges(
     stages: Stages,
     facts: dict[str, Any],
 ) -> Ranges:
-    method = (config.calibration or Calibration()).method
     if ask.import_cache is not None:
         graph = load_graph(reference.model.path)
         infer_types(graph)
@@ -134,50 +141,15 @@ def _ranges(
         }
         return ranges
     if ask.merge:
-        collected = merge_collected([load_part(path) for path in ask.merge])
+        method = (config.calibration or Calibration()).method
+        ranges = choose_ranges(merge_collected([load_part(path) for path in ask.merge]), method)
     else:
-        cached = _cached(config, ask.output, reference, placement, stages)
-        if cached is not None:
-            facts["reused"] = True
-            return cached
-        collected = _collect(config, reference, placement, stages, None)
-    facts |= {"samples": collected.samples, "method": method}
-    return choose_ranges(collected, method)
-
-
-def _cached(
-    config: ConversionConfig, path: Path, reference: Reference, placement: Placement, stages: Stages
-) -> Ranges | None:
-    """The ranges that stand at `path`, where all that they were made from is still the same."""
-    from trtforge.calibration.auto import describe_method, made_from
-
-    if not path.exists():
-        return None
-    cached = load_ranges(path)
-    calibration = config.calibration or Calibration()
-    seen = scan(reference.model, _batches(config, reference))
-    why = differences(cached, made_from(seen, describe_method(calibration.method)), placement.measured)
-    if why:
-        stages.note(f"{path} is not reused: {'; '.join(why)}")
-        return None
-    return cached
-
-
-def _collect(
-    config: ConversionConfig, reference: Reference, placement: Placement, stages: Stages, shard: Shard | None
-) -> Collected:
-    return collect_ranges(reference.model, placement, _batches(config, reference), stages, shard=shard)
-
-
-def _batches(config: ConversionConfig, reference: Reference) -> Any:
-    calibration = config.calibration
-    batches = calibration and read_data(config, calibration.loader, None, reference.specs, calibration.batches)
-    if batches is None:
-        raise ConfigError(
-            f"model {config.name!r} has no calibration data",
-            fix="name a `calibration: {loader: package.module:function}`",
-        )
-    return batches
+        known = ask.output.exists()
+        found = find_ranges(config, None, reference.model, placement, reference.specs, stages, cache=ask.output)
+        ranges = found.ranges
+        facts["reused"] = known and not found.histograms
+    facts |= {"samples": ranges.made_from.samples, "method": ranges.made_from.method}
+    return ranges
 
 
 def _rank(
@@ -187,7 +159,8 @@ def _rank(
     assert ask.keep is not None
     graph = load_graph(reference.model.path)
     infer_types(graph)
-    samples: Sequence[Any] = list(itertools.islice(_batches(config, reference), _SENSITIVITY_BATCHES))
+    source = calibration_source(config, None)
+    samples = list(read_batches(source, reference.specs, config.profiles, limit=_SENSITIVITY_BATCHES))
 
     def tell(event: dict[str, Any]) -> None:
         stages.on_event(Event("progress", stages.current, event.get("layer", ""), event["done"], event["total"]))

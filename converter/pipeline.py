@@ -167,35 +167,18 @@ class _Run:
         return read_data(self.config, validation.loader, self.live.validation, specs, validation.batches) or ()
 
     def _calibrate(self, plan: PrecisionPlan, reference: OnnxModel, specs: tuple[InputSpec, ...]) -> Quantization:
-        from trtforge.calibration.auto import choose_ranges
-        from trtforge.calibration.ranges import Ranges
-        from trtforge.converter.quantize import (
-            Quantization,
-            collect_ranges,
-            make_placement,
-            read_ranges,
-            save_calibration,
-        )
+        from trtforge.converter.quantize import find_ranges, make_placement, read_ranges, save_calibration
 
         placement = make_placement(reference, plan)
+        calibration = self.config.calibration or Calibration()
         if placement.existing:
             self.stages.note(f"the model carries {placement.existing} DequantizeLinear: it is not calibrated again")
-            return Quantization(placement, Ranges({}))
-        calibration = self.config.calibration or Calibration()
-        if calibration.ranges is not None:
-            ranges = read_ranges(calibration.ranges, reference, placement)
-            save_calibration(self.folder, ranges)
-            return Quantization(placement, ranges)
-        batches = read_data(self.config, calibration.loader, self.live.calibration, specs, calibration.batches)
-        if batches is None:
-            raise ConfigError(
-                f"precision {plan.default} needs ranges, and there is no calibration data",
-                fix="name a `calibration: {loader: package.module:function}`, or pass calibration= from Python",
-            )
-        collected = collect_ranges(reference, placement, batches, self.stages)
-        ranges = choose_ranges(collected, calibration.method)
-        save_calibration(self.folder, ranges)
-        return Quantization(placement, ranges)
+        if calibration.ranges is not None and not placement.existing:
+            found = read_ranges(calibration.ranges, reference, placement)
+        else:
+            found = find_ranges(self.config, self.live.calibration, reference, placement, specs, self.stages)
+        save_calibration(self.folder, found)
+        return found
 
     def _prove_export(self, reference: OnnxModel, bench: Bench) -> ParityReport:
         from trtforge.converter.prove import prove_onnx

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
 
 from trtforge.calibration.cache import load_ranges, save_ranges
-from trtforge.calibration.collect import Collected, Shard, collect
+from trtforge.calibration.calibrate import calibrate
 from trtforge.calibration.existing import check_existing
+from trtforge.calibration.histogram import Histogram
+from trtforge.calibration.pictures import write_page
 from trtforge.calibration.placement import Placement, quantizable_tensors
 from trtforge.calibration.qdq import insert_qdq
 from trtforge.calibration.ranges import Ranges
+from trtforge.converter.config import Calibration, ConversionConfig
+from trtforge.converter.data import find_source
 from trtforge.converter.progress import Event, Stages
 from trtforge.converter.types import infer_types
 from trtforge.runtime.errors import CalibrationError, ConfigError
 from trtforge.runtime.graph import OnnxModel, load_graph
 from trtforge.runtime.precision import Precision, PrecisionPlan
-from trtforge.runtime.runner import Tensors
+from trtforge.runtime.specs import InputSpec
 
 __all__ = [
     "CALIBRATION",
     "Quantization",
-    "collect_ranges",
+    "calibration_source",
+    "find_ranges",
     "make_placement",
     "quantize_graph",
     "read_ranges",
@@ -32,14 +37,16 @@ __all__ = [
 ]
 
 CALIBRATION = "calibration.json"
+PAGE = "calibration.html"
 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """What to quantize, and in which ranges."""
+    """What to quantize, in which ranges, and the histograms that these were chosen from (none where they were read)."""
 
     placement: Placement
     ranges: Ranges
+    histograms: Mapping[str, Histogram] = field(default_factory=dict)
 
 
 def make_placement(reference: OnnxModel, plan: PrecisionPlan) -> Placement:
@@ -64,25 +71,65 @@ def make_placement(reference: OnnxModel, plan: PrecisionPlan) -> Placement:
     return placement
 
 
-def collect_ranges(
+def find_ranges(
+    config: ConversionConfig,
+    live: object | None,
     reference: OnnxModel,
     placement: Placement,
-    batches: Iterable[Tensors],
+    specs: tuple[InputSpec, ...],
     stages: Stages,
     *,
-    shard: Shard | None = None,
-) -> Collected:
-    """One pass of the float graph over the data.
+    cache: Path | None = None,
+) -> Quantization:
+    """One pass of the float graph over the calibration data; no ranges where the model carries Q/DQ of its own.
+
+    Args:
+        config: Its `calibration` names loader, method and how many batches to read.
+        live: Data from Python.
+        reference: The float graph.
+        placement: What needs ranges.
+        specs: Its inputs.
+        stages: Receives progress, and a note where `cache` is not used.
+        cache: A file of ranges, reused where all that it was made from is the same, and else written.
 
     Raises:
-        CalibrationError: no data, or activations that are not finite.
+        ConfigError: there is no data.
+        CalibrationError: the data do not fit, or activations are not finite.
         Exception: whatever the user's loader raises.
     """
+    if placement.existing:
+        return Quantization(placement, Ranges({}))
+    calibration = config.calibration or Calibration()
+    source = calibration_source(config, live)
+    found = calibrate(
+        reference,
+        placement.measured,
+        source,
+        specs,
+        config.profiles,
+        method=calibration.method,
+        batches=calibration.batches,
+        cache=cache,
+        on_samples=lambda samples: stages.on_event(Event("progress", stages.current, "samples", samples)),
+    )
+    if found.why_not:
+        stages.note(f"{cache} is not reused: {'; '.join(found.why_not)}")
+    return Quantization(placement, found.ranges, found.histograms)
 
-    def tell(samples: int) -> None:
-        stages.on_event(Event("progress", stages.current, "samples", samples))
 
-    return collect(reference, placement.measured, batches, on_samples=tell, shard=shard or Shard())
+def calibration_source(config: ConversionConfig, live: object | None) -> object:
+    """The calibration data.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    source = find_source(config, config.calibration.loader if config.calibration else None, live)
+    if source is None:
+        raise ConfigError(
+            f"precision {config.plan.default} needs ranges, and there is no calibration data",
+            fix="name a `calibration: {loader: package.module:function}`, or pass calibration= from Python",
+        )
+    return source
 
 
 def quantize_graph(graph: ir.Model, quantization: Quantization) -> set[Precision]:
@@ -100,7 +147,7 @@ def quantize_graph(graph: ir.Model, quantization: Quantization) -> set[Precision
     return used | {weight.format for weight in placement.weights}
 
 
-def read_ranges(path: Path, reference: OnnxModel, placement: Placement) -> Ranges:
+def read_ranges(path: Path, reference: OnnxModel, placement: Placement) -> Quantization:
     """Ranges that `trtforge calibrate` wrote, where they are this graph's.
 
     Raises:
@@ -121,9 +168,20 @@ def read_ranges(path: Path, reference: OnnxModel, placement: Placement) -> Range
             f"{path} has no range for {len(missing)} of {len(placement.measured)} tensors: {', '.join(missing[:5])}",
             fix="run `trtforge calibrate` again",
         )
-    return ranges
+    return Quantization(placement, ranges)
 
 
-def save_calibration(folder: Path, ranges: Ranges) -> None:
-    """Writes `calibration.json`."""
-    save_ranges(folder / CALIBRATION, ranges)
+def save_calibration(folder: Path, found: Quantization) -> None:
+    """Writes `calibration.json`, and `calibration.html` with a picture of each histogram and its threshold."""
+    if not found.ranges.tensors:
+        return
+    save_ranges(folder / CALIBRATION, found.ranges)
+    if found.histograms:
+        formats = {tensor.format for tensor in found.placement.tensors}
+        write_page(
+            folder / PAGE,
+            found.ranges,
+            found.histograms,
+            format="fp8" if formats == {"fp8"} else "int8",
+            title="Calibration",
+        )
