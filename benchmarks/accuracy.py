@@ -1,0 +1,138 @@
+"""EfficientNet-Lite0 in INT8: how often its first choice is the float model's, on photographs it was not calibrated on.
+
+    python benchmarks/accuracy.py [--method auto] [--keep 0] [--crops 1000] [--json]
+
+Calibration and evaluation use crops of different pictures of scikit-image; the weights are the trained ones. The INT8
+model runs on onnxruntime with fake quantization, everything else in float32, and is compared with the float model.
+`--keep N` first ranks layers by measured harm on calibration crops, by bisection, and leaves the worst N in float. The
+interval is a bootstrap over pictures: crops of one picture are not independent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import skimage.color
+import skimage.data
+import skimage.transform
+import torch
+
+import trtforge
+from trtforge.runtime.graph import load_graph
+from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "configs"))
+from example_models import efficientnet_lite0  # the configurations' folder is put in the path above
+
+CALIBRATION = ("coffee", "camera", "coins", "hubble_deep_field", "gravel", "rocket")
+EVALUATION = ("astronaut", "chelsea", "stereo_motorcycle", "brick", "grass", "moon", "immunohistochemistry", "clock")
+SIZE, BATCH = 224, 8
+
+
+def picture(name: str) -> np.ndarray:
+    found = getattr(skimage.data, name)()
+    array = found[0] if isinstance(found, tuple) else found
+    array = skimage.color.gray2rgb(array) if array.ndim == 2 else array
+    return array[..., :3] / (255 if array.dtype == np.uint8 else 1)
+
+
+def crops(names: tuple[str, ...], count: int, seed: int) -> Iterator[tuple[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    pictures = {name: picture(name) for name in names}
+    for index in range(count):
+        name = names[index % len(names)]
+        array = pictures[name]
+        least = min(array.shape[:2])
+        side = int(rng.integers(least // 2, least))
+        top, left = (int(rng.integers(0, size - side + 1)) for size in array.shape[:2])
+        crop = skimage.transform.resize(array[top : top + side, left : left + side], (SIZE, SIZE), anti_aliasing=True)
+        crop = crop[:, ::-1] if rng.integers(2) else crop
+        yield name, ((crop - 0.498) / 0.502).transpose(2, 0, 1).astype(np.float32)
+
+
+def batches(items: list[np.ndarray]) -> list[np.ndarray]:
+    return [np.stack(items[start : start + BATCH]) for start in range(0, len(items), BATCH)]
+
+
+def logits(model: Path, data: list[np.ndarray]) -> np.ndarray:
+    runner = OnnxRuntimeRunner(model, disable_quant_qdq=True)
+    return np.concatenate([runner.run({"inputs": batch})["output"] for batch in data])
+
+
+def keep_worst(folder: Path, method: str, data: list[np.ndarray], plan: trtforge.PrecisionPlan, keep: int) -> trtforge.PrecisionPlan:  # fmt: skip  # noqa: E501
+    from trtforge.calibration.cache import load_ranges
+    from trtforge.calibration.sensitivity import keep_in_float, rank_layers
+    from trtforge.converter.types import infer_types
+    from trtforge.runtime.graph import graph_hash, node_refs
+
+    graph = load_graph(folder / "reference.onnx")
+    infer_types(graph)
+    samples = [{"inputs": batch} for batch in data[:4]]
+    ranked = rank_layers(graph, load_ranges(folder / "calibration.json"), plan, samples, strategy="bisect", worst=keep)
+    return keep_in_float(plan, ranked, keep, node_refs(graph), graph_hash(graph))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", default="auto")
+    parser.add_argument("--keep", type=int, default=0)
+    parser.add_argument("--crops", type=int, default=1000)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    model = efficientnet_lite0().eval()
+    calibration = batches([crop for _, crop in crops(CALIBRATION, 128, seed=1)])
+    named = list(crops(EVALUATION, options.crops, seed=2))
+    data = batches([crop for _, crop in named])
+    plan = trtforge.PrecisionPlan(default="int8", base="fp32")
+
+    def convert(place: Path, chosen: trtforge.PrecisionPlan) -> trtforge.Artifact:
+        try:
+            return make(place, chosen)
+        except trtforge.ParityError as error:  # this script is the judge; what failed is kept beside it
+            print(error, file=sys.stderr)
+            return trtforge.open_artifact(place.with_name(place.name + ".failed"))
+
+    def make(place: Path, chosen: trtforge.PrecisionPlan) -> trtforge.Artifact:
+        return trtforge.convert(
+            model,
+            torch.from_numpy(data[0]),
+            place,
+            precision=chosen,
+            dims={"batch": (1, 8, 8)},
+            inputs={"inputs": ("batch", 3, SIZE, SIZE)},
+            calibration=calibration,
+            calibration_method=options.method,
+            validation=calibration[:4],
+        )
+
+    with tempfile.TemporaryDirectory() as name:
+        artifact = convert(Path(name) / "int8", plan)
+        if options.keep:
+            plan = keep_worst(artifact.path, options.method, calibration, plan, options.keep)
+            artifact = convert(Path(name) / "mended", plan)
+        truth, found = logits(artifact.reference, data), logits(artifact.model, data)
+    agree = truth.argmax(1) == found.argmax(1)
+    by_picture = [agree[[n == picture for n, _ in named]].mean() for picture in EVALUATION]
+    rng = np.random.default_rng(0)
+    means = [np.mean(rng.choice(by_picture, len(by_picture))) for _ in range(2000)]
+    result = {
+        "method": options.method,
+        "in_float": len(plan.rules),
+        "crops": len(agree),
+        "agreement": float(agree.mean()),
+        "interval_95": [float(q) for q in np.quantile(means, [0.025, 0.975])],
+        "by_picture": dict(zip(EVALUATION, map(float, by_picture), strict=True)),
+        "sqnr_db": float(10 * np.log10((truth**2).sum() / ((truth - found) ** 2).sum())),
+    }
+    print(json.dumps(result, indent=2) if options.json else result)
+
+
+if __name__ == "__main__":
+    main()
