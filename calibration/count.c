@@ -3,21 +3,31 @@
 #include <string.h>
 
 #define BINS 2048
-#define BLOCK 2048 /* floats whose codes and counts stay in the first-level cache */
+#define BLOCK 1024 /* elements whose codes stay in the first-level cache */
 #define TABLES 4   /* neighbours are counted apart: incrementing one bin twice in a row waits for the store */
 
-static uint32_t largest(const uint32_t *bits, long n)
+static uint32_t bits_of(float x)
 {
-    uint32_t peak = 0;
-    for (long i = 0; i < n; i++) {
-        uint32_t magnitude = bits[i] & 0x7fffffffu;
-        peak = magnitude > peak ? magnitude : peak;
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+/* Codes of a block, and the bits of its largest |x|; codes mean nothing where that is beyond the last bin. */
+static uint32_t encode(const float *restrict x, int n, float scale, uint16_t *restrict codes)
+{
+    uint32_t top = 0;
+    for (int i = 0; i < n; i++) {
+        uint32_t magnitude = bits_of(x[i]) & 0x7fffffffu;
+        top = magnitude > top ? magnitude : top;
+        codes[i] = (uint16_t)(int32_t)(__builtin_fabsf(x[i]) * scale);
     }
-    return peak;
+    return top;
 }
 
 /* Counts x[0], x[1], ... as long as every |x| in a block has bits below `limit`, and stops before the first other block.
- * At most 2**32 - 1 elements at a time. Returns how many it has counted; *peak becomes the bits of the largest |x| of those, where that is larger. */
+ * At most 2**32 - 1 elements at a time. Returns how many it has counted; *peak becomes the bits of the largest |x| of
+ * those, where that is larger. */
 long trtforge_count(const float *x, long n, float scale, uint32_t limit, int64_t *counts, uint32_t *peak)
 {
     uint32_t tables[TABLES][BINS];
@@ -26,20 +36,20 @@ long trtforge_count(const float *x, long n, float scale, uint32_t limit, int64_t
 
     memset(tables, 0, sizeof tables);
     while (done < n) {
-        const float *block = x + done;
         long size = n - done < BLOCK ? n - done : BLOCK;
-        uint32_t bits[BLOCK];
-        memcpy(bits, block, (size_t)size * sizeof *bits);
-        uint32_t top = largest(bits, size);
+        uint32_t top = encode(x + done, (int)size, scale, codes);
         if (top >= limit)
             break;
         *peak = top > *peak ? top : *peak;
-        for (long i = 0; i < size; i++)
-            codes[i] = (uint16_t)(int32_t)(__builtin_fabsf(block[i]) * scale);
         long i = 0;
-        for (; i + TABLES <= size; i += TABLES)
-            for (int t = 0; t < TABLES; t++)
-                tables[t][codes[i + t]]++;
+        for (; i + TABLES <= size; i += TABLES) {
+            uint64_t four; /* one load for four codes */
+            memcpy(&four, codes + i, sizeof four);
+            tables[0][four & 0xffff]++;
+            tables[1][four >> 16 & 0xffff]++;
+            tables[2][four >> 32 & 0xffff]++;
+            tables[3][four >> 48]++;
+        }
         for (; i < size; i++)
             tables[0][codes[i]]++;
         done += size;

@@ -23,7 +23,7 @@ PERCENTILE = 99.99
 """Share of the elements that `percentile` keeps, in percent."""
 
 _CODES = 127
-_MSE_CANDIDATES = 192
+_MSE_CANDIDATES = 48
 
 Floats = NDArray[np.float64]
 
@@ -148,16 +148,20 @@ def percentile_threshold(histogram: Histogram, percentile: float = PERCENTILE) -
 
 
 def mse_threshold(histogram: Histogram) -> float:
-    """The threshold of the least mean squared error in int8, of 192 evenly spaced ones; the largest of equal ones."""
+    """The threshold of the least mean squared error in int8, of 48 even steps, then of 16 finer ones around it."""
     used = histogram.used
     if used <= LEVELS:
         return histogram.peak
     values, counts = _centers(histogram, used)
-    ends = np.unique(np.linspace(LEVELS, used, _MSE_CANDIDATES).astype(np.int64))
-    thresholds = np.minimum(ends * histogram.width, histogram.peak)
-    errors = _squared_errors(values, counts, thresholds)
-    best = len(errors) - 1 - int(np.argmin(errors[::-1]))
-    return float(thresholds[best])
+    stride = max(1, (used - LEVELS) // _MSE_CANDIDATES)
+    best = _least_error(histogram, values, counts, np.arange(used, LEVELS - 1, -stride))
+    near = np.arange(min(best + stride, used), max(best - stride, LEVELS) - 1, -max(1, stride // 8))
+    return min(_least_error(histogram, values, counts, near) * histogram.width, histogram.peak)
+
+
+def _least_error(histogram: Histogram, values: Floats, counts: Floats, ends: NDArray[np.int64]) -> int:
+    errors = _squared_errors(values, counts, np.minimum(ends * histogram.width, histogram.peak))
+    return int(ends[np.argmin(errors)])
 
 
 def measure_fit(histogram: Histogram, threshold: float) -> Fit:
