@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -152,7 +153,7 @@ def side_main(side: str, model: Path, count: int, batch: int) -> None:
     import trtforge.calibration.placement  # noqa: F401
     from trtforge.calibration.count import native_kernel
 
-    native_kernel()  # compiled once a machine
+    native_kernel()  # where TRTFORGE_NATIVE=1 asks for it: compiled once a machine
     next(batches(1, 1))
     start = time.perf_counter()
     aside = SIDES[side](model, count, batch) or 0.0
@@ -225,6 +226,7 @@ def compare(paths: dict[str, Path], runs: int, count: int, batch: int, *, quick:
         "faster_than_ort_entropy": ratio("ort_entropy", "ours_entropy"),
         "faster_than_ort_default": ratio("ort_default", "ours"),
         "faster_than_modelopt": ratio("modelopt", "ours_entropy"),
+        "native": os.environ.get("TRTFORGE_NATIVE") == "1",
         "memory_growth": round(growth, 3),
         "memory_share_of_ort": None if share is None else round(share, 4),
         "seconds": {f"{name} {side}": statistics.median(values) for (name, side), values in seconds.items()},
