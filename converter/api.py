@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from trtforge.converter.progress import OnEvent, Stages, ignore_events
 from trtforge.converter.sources import LoadedModel, PythonExample, load_source, module_hash
 from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.precision import PrecisionPlan
+from trtforge.runtime.publish import hash_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +26,7 @@ Dims = Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]]
 
 
 def convert(
-    model: torch.nn.Module | str | Path,
+    model: torch.nn.Module | torch.export.ExportedProgram | str | Path,
     example_inputs: Any,
     output: str | Path,
     *,
@@ -46,9 +48,10 @@ def convert(
     """Converts a model to an artifact: exported, cast, proved against the model, built, and proved again on a GPU.
 
     Args:
-        model: A module (any device; it is left as it was), or the path of an ONNX file.
+        model: A module (any device; it is left as it was), an `ExportedProgram`, or the path of an `.onnx` or `.pt2`
+            file.
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments, which may hold dicts,
-            tuples, None and dataclasses; None for an ONNX file.
+            tuples, None and dataclasses; may be None for an exported program, and is for an ONNX file.
         output: The artifact's folder, replaced as a whole; its last part is the model's name.
         precision: "fp32", "tf32", "fp16", "bf16", a plan, or the path of a plan's YAML file.
         dims: `{"batch": (min, opt, max)}`, or a list of such maps, one an optimization profile.
@@ -80,7 +83,7 @@ def convert(
     config = ConversionConfig(
         name=target.name,
         model=target.name,
-        source=Source(onnx=Path(model)) if isinstance(model, str | Path) else Source(),
+        source=_source(model),
         profiles=parse_profiles(dims or {}),
         outputs=tuple(outputs),
         plan=plan,
@@ -111,21 +114,32 @@ def _plan(precision: str | PrecisionPlan) -> PrecisionPlan:
     return PrecisionPlan.from_data(precision, name="precision")
 
 
+def _source(model: object) -> Source:
+    if not isinstance(model, str | Path):
+        return Source()
+    suffix = Path(model).suffix
+    if suffix not in (".onnx", ".pt2"):
+        raise ConfigError(
+            f"{model} is neither an .onnx nor a .pt2 file", fix="pass a module, or the path of an ONNX or .pt2 file"
+        )
+    return Source(onnx=Path(model)) if suffix == ".onnx" else Source(exported_program=Path(model))
+
+
 def _load(model: Any, example: Any, shapes: dict[str, Any], config: ConversionConfig) -> LoadedModel:
     import torch
 
     if isinstance(model, str | Path):
-        if Path(model).suffix != ".onnx":
-            raise ConfigError(f"{model} is not an .onnx file", fix="pass a module, or the path of an ONNX file")
-        return load_source(config)
+        return replace(load_source(config), example=PythonExample(example, shapes))
+    if isinstance(model, torch.export.ExportedProgram):
+        described = str(model.graph)
+        loaded = LoadedModel(None, None, hash_bytes(described.encode()), module_hash(model), program=model)
+        return replace(loaded, example=PythonExample(example, shapes))
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(
-            f"model is {type(model).__name__}, not a torch.nn.Module or the path of an ONNX file",
+            f"model is {type(model).__name__}, not a torch.nn.Module, an ExportedProgram or the path of a file",
             fix="wrap a function in a module whose forward() calls it",
         )
     if example is None:
         raise ConfigError("example_inputs is None", fix="give one call's inputs: a tensor, a tuple, or a dict")
     described = f"{type(model).__module__}.{type(model).__qualname__}"
-    from trtforge.runtime.publish import hash_bytes
-
     return LoadedModel(model, None, hash_bytes(described.encode()), module_hash(model), PythonExample(example, shapes))

@@ -31,7 +31,7 @@ from trtforge.runtime.graph import OnnxModel, save_graph
 from trtforge.runtime.specs import DimRange, Profile
 from trtforge.runtime.torch_runner import evaluation
 
-__all__ = ["FlatCall", "export_module"]
+__all__ = ["FlatCall", "export_module", "quiet", "write_program"]
 
 _log = logging.getLogger("trtforge.export")
 
@@ -98,10 +98,36 @@ def export_module(
     """
     dims = merge_profiles(profiles)
     flat = FlatCall(module, example)
-    with evaluation(module), _quiet():
+    with evaluation(module), quiet():
         program = _capture(flat, example, dims)
-        names = _output_names(flat.output_names, output_names, [spec.name for spec in example.specs])
-        model = _translate(program, example, opset)
+        return write_program(program, example, flat.output_names, output_names=output_names, opset=opset, folder=folder)
+
+
+def write_program(
+    program: torch.export.ExportedProgram,
+    example: ExampleInputs,
+    returned: Sequence[str],
+    *,
+    output_names: Sequence[str] | None,
+    opset: int,
+    folder: Path,
+) -> OnnxModel:
+    """Translates a captured program to `folder/reference.onnx`, with the user's names and node ids.
+
+    Args:
+        program: Takes the tensors of `example`.
+        example: The call, and the specs of its tensors in the user's names.
+        returned: A name for each tensor that the program returns, from its structure.
+        output_names: What the user calls them instead.
+        opset: Version of the default operator set.
+        folder: An existing folder.
+
+    Raises:
+        ConfigError: `output_names` of another number than there are outputs.
+        ExportError: torch cannot translate it, or a dimension that was asked to be dynamic is not.
+    """
+    names = _output_names(returned, output_names, [spec.name for spec in example.specs])
+    model = _translate(program, example, opset)
     _name_values(model, example, names)
     _name_dims(model, example)
     clean(model)
@@ -204,7 +230,7 @@ def _recurrent_loops() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Sends to the debug log what torch and the module print, warn and log."""
     text = io.StringIO()
     handler = logging.StreamHandler(text)
@@ -291,6 +317,6 @@ def _name_dims(model: ir.Model, example: ExampleInputs) -> None:
         for axis, (wanted, found) in enumerate(zip(spec.shape, value.shape or (), strict=True)):
             if isinstance(wanted, str) and isinstance(found, int):
                 raise frozen_dimension(wanted, found, place=f" in input {spec.name!r}, axis {axis}")
-            if isinstance(wanted, str) and isinstance(found, ir.SymbolicDim) and found.value is not None:
+            if isinstance(found, ir.SymbolicDim) and found.value is not None:
                 names[str(found.value)] = wanted
     rename_dims(model, names)

@@ -11,6 +11,8 @@ from trtforge.converter.sources import LoadedModel
 from trtforge.runtime.specs import InputSpec
 
 if TYPE_CHECKING:
+    import torch
+
     from trtforge.runtime.graph import OnnxModel
     from trtforge.runtime.runner import Runner
     from trtforge.runtime.trt.backend import Backend
@@ -31,12 +33,14 @@ class Reference:
 
 
 def make_reference(config: ConversionConfig, loaded: LoadedModel, backend: Backend | None, folder: Path) -> Reference:
-    """Exports a module, or reads a foreign ONNX file, to `folder/reference.onnx`.
+    """Exports a module or a program, or reads a foreign ONNX file, to `folder/reference.onnx`.
 
     Raises:
         ConfigError: inputs, dimensions or names do not fit the model.
         ExportError: it cannot be exported or read, or a dynamic dimension came out static.
     """
+    if loaded.program is not None:
+        return _translate(loaded.program, config, loaded, backend, folder)
     if loaded.module is None:
         return _import(config, loaded, folder)
     from trtforge.converter.example import example_from_inputs, example_from_specs
@@ -53,10 +57,33 @@ def make_reference(config: ConversionConfig, loaded: LoadedModel, backend: Backe
         example,
         profiles=config.profiles,
         output_names=config.outputs or None,
-        opset=config.target.opset or (backend.capabilities.max_opset if backend else _PORTABLE_OPSET),
+        opset=_opset(config, backend),
         folder=folder,
     )
     return Reference(model, example.specs, TorchRunner(module, FlatCall(module, example), model.inputs, model.outputs))
+
+
+def _opset(config: ConversionConfig, backend: Backend | None) -> int:
+    return config.target.opset or (backend.capabilities.max_opset if backend else _PORTABLE_OPSET)
+
+
+def _translate(
+    program: torch.export.ExportedProgram,
+    config: ConversionConfig,
+    loaded: LoadedModel,
+    backend: Backend | None,
+    folder: Path,
+) -> Reference:
+    from trtforge.converter.program import export_program, open_program
+    from trtforge.runtime.torch_runner import TorchRunner
+
+    specs = {spec.name: spec for spec in config.inputs}
+    given, values = (specs, None) if loaded.example is None else (loaded.example.shapes, loaded.example.inputs)
+    opened = open_program(program, given=given, profiles=config.profiles, values=values)
+    opset = _opset(config, backend)
+    model = export_program(opened, output_names=config.outputs or None, opset=opset, folder=folder)
+    runner = TorchRunner(opened.module, opened.call, model.inputs, model.outputs)
+    return Reference(model, opened.example.specs, runner)
 
 
 def _import(config: ConversionConfig, loaded: LoadedModel, folder: Path) -> Reference:

@@ -1,4 +1,4 @@
-"""From what the configuration names to a model in this process: factories, checkpoints, ONNX files."""
+"""From what the configuration names to a model in this process: factories, checkpoints, ONNX and .pt2 files."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ class LoadedModel:
     """A model in this process; it never leaves it.
 
     Attributes:
-        module: The module in eval mode; None for an ONNX file.
-        onnx: The ONNX file; None for a module.
+        module: The module in eval mode; None for a file.
+        onnx: The ONNX file; None for a module or a program.
         source_hash: SHA-256 of the source's description and, for files, of their bytes.
         checkpoint_hash: SHA-256 of the checkpoint's bytes, or of the module's tensors where it came live from Python.
         example: The inputs that Python gave; None where they are generated from their specs.
+        program: The exported program, in place of a module.
     """
 
     module: torch.nn.Module | None
@@ -48,21 +49,24 @@ class LoadedModel:
     source_hash: str
     checkpoint_hash: str | None
     example: PythonExample | None = None
+    program: torch.export.ExportedProgram | None = None
 
 
 def load_source(config: ConversionConfig) -> LoadedModel:
     """Makes the model that `config.source` names.
 
     Raises:
-        ConfigError: a file is missing, a factory does not give a module, a checkpoint does not fit it.
+        ConfigError: a file is missing, a factory does not give a module, a checkpoint does not fit it, a .pt2 file
+            would run code when it is read.
+        ExportError: a .pt2 file cannot be read.
         UserCodeError: the factory raised.
     """
     source = config.source
     if source.onnx is not None:
         _check_file(source.onnx, "the ONNX file")
         return LoadedModel(None, source.onnx, hash_file(source.onnx), None)
-    if source.factory is None:
-        raise ConfigError("this trtforge reads `factory` and `onnx` sources", fix="export the .pt2 from a factory")
+    if source.exported_program is not None:
+        return _load_program(source.exported_program)
     if source.checkpoint is not None:
         _check_file(source.checkpoint, "the checkpoint")
     module = _call_factory(source, config.folder)
@@ -75,18 +79,28 @@ def load_source(config: ConversionConfig) -> LoadedModel:
     return LoadedModel(module.eval(), None, described, checkpoint_hash or module_hash(module))
 
 
-def module_hash(module: torch.nn.Module) -> str:
+def module_hash(module: torch.nn.Module | torch.export.ExportedProgram) -> str:
     """SHA-256 over the names, dtypes, shapes and bytes of a module's parameters and buffers."""
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict(keep_vars=False).items()):
+    state = module.state_dict() if isinstance(module, torch.nn.Module) else module.state_dict
+    for name, tensor in sorted(state.items()):
         if not isinstance(tensor, torch.Tensor):
             continue
         data = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
         digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _load_program(path: Path) -> LoadedModel:
+    from trtforge.converter.program_archive import read_program
+
+    _check_file(path, "the exported program")
+    program = read_program(path)
+    _check_finite(program)
+    return LoadedModel(None, None, hash_file(path), module_hash(program), program=program)
 
 
 def _check_file(path: Path, what: str) -> None:
@@ -171,7 +185,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_finite(module: torch.nn.Module) -> None:
+def _check_finite(module: torch.nn.Module | torch.export.ExportedProgram) -> None:
     import torch
 
     bad = [
