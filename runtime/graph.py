@@ -151,24 +151,29 @@ def node_refs(model: ir.Model) -> list[NodeRef]:
     ]
 
 
-def graph_hash(model: ir.Model) -> str:
+def graph_hash(model: ir.Model, *, weights: bool = True) -> str:
     """SHA-256 of operators, attributes, weights and edges; never of names or metadata, so a comment cannot change it.
 
     Input and output names, dtypes and dimensions do count: they are what callers see.
+
+    Args:
+        model: The graph.
+        weights: False leaves out the values of floating tensors, not their dtypes and shapes: the graph's structure.
+            Integer and boolean ones (axes, shapes) belong to it.
     """
     digest = hashlib.sha256()
     for domain, version in sorted(model.graph.opset_imports.items()):
         digest.update(f"opset {domain} {version}\n".encode())
     numbers: dict[ir.Value, int] = {}
-    _hash_graph(model.graph, digest, numbers, main=True)
+    _hash_graph(model.graph, digest, numbers, main=True, weights=weights)
     for identifier, function in sorted(model.functions.items(), key=lambda item: str(item[0])):
         digest.update(f"function {identifier}\n".encode())
-        _hash_graph(function, digest, numbers, main=False)
+        _hash_graph(function, digest, numbers, main=False, weights=weights)
     return digest.hexdigest()
 
 
 def _hash_graph(
-    graph: ir.Graph | ir.Function, digest: hashlib._Hash, numbers: dict[ir.Value, int], *, main: bool
+    graph: ir.Graph | ir.Function, digest: hashlib._Hash, numbers: dict[ir.Value, int], *, main: bool, weights: bool
 ) -> None:
     def number(value: ir.Value | None) -> int:
         if value is None:
@@ -176,7 +181,7 @@ def _hash_graph(
         if value not in numbers:
             numbers[value] = len(numbers)
             if value.const_value is not None and value.is_initializer():
-                _hash_tensor(value.const_value, digest)
+                _hash_tensor(value.const_value, digest, weights=weights)
         return numbers[value]
 
     for value in graph.inputs:
@@ -187,31 +192,33 @@ def _hash_graph(
         digest.update(f"->{','.join(str(number(v)) for v in node.outputs)}\n".encode())
         for name, attribute in sorted(node.attributes.items()):
             digest.update(f"@{name}".encode())
-            _hash_attribute(attribute, digest, numbers)
+            _hash_attribute(attribute, digest, numbers, weights=weights)
     for value in graph.outputs:
         name = f" {value.name}" if main else ""
         digest.update(f"out{name} {value.dtype} {value.shape} {number(value)}\n".encode())
 
 
-def _hash_attribute(attribute: ir.Attr, digest: hashlib._Hash, numbers: dict[ir.Value, int]) -> None:
+def _hash_attribute(attribute: ir.Attr, digest: hashlib._Hash, numbers: dict[ir.Value, int], *, weights: bool) -> None:
     if attribute.is_ref():
         digest.update(f"ref {attribute.ref_attr_name}\n".encode())
     elif attribute.type == ir.AttributeType.GRAPH:
-        _hash_graph(attribute.as_graph(), digest, numbers, main=False)
+        _hash_graph(attribute.as_graph(), digest, numbers, main=False, weights=weights)
     elif attribute.type == ir.AttributeType.GRAPHS:
         for graph in attribute.as_graphs():
-            _hash_graph(graph, digest, numbers, main=False)
+            _hash_graph(graph, digest, numbers, main=False, weights=weights)
     elif attribute.type == ir.AttributeType.TENSOR:
-        _hash_tensor(attribute.as_tensor(), digest)
+        _hash_tensor(attribute.as_tensor(), digest, weights=weights)
     elif attribute.type == ir.AttributeType.TENSORS:
         for tensor in attribute.as_tensors():
-            _hash_tensor(tensor, digest)
+            _hash_tensor(tensor, digest, weights=weights)
     else:
         digest.update(f"={attribute.type} {attribute.value!r}\n".encode())
 
 
-def _hash_tensor(tensor: ir.TensorProtocol, digest: hashlib._Hash) -> None:
+def _hash_tensor(tensor: ir.TensorProtocol, digest: hashlib._Hash, *, weights: bool) -> None:
     digest.update(f"tensor {tensor.dtype} {tensor.shape}\n".encode())
+    if not weights and tensor.dtype.is_floating_point():
+        return
     if tensor.dtype == ir.DataType.STRING:
         digest.update(repr(tensor.numpy().tolist()).encode())
     else:
