@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trtforge.converter.compare_artifacts import compare_records
-from trtforge.converter.record import ArtifactRecord
+from trtforge.converter.record import ArtifactRecord, Figures
 from trtforge.runtime.errors import ConfigError
 
 __all__ = ["read_baseline", "write_baseline"]
@@ -110,15 +110,19 @@ def _alike(old: ArtifactRecord, new: ArtifactRecord) -> bool:
         after = new.proof[stage]
         if (before.runner, before.verdict, set(before.outputs)) != (after.runner, after.verdict, set(after.outputs)):
             return False
-        for name, figures in before.outputs.items():
-            now = after.outputs[name]
-            if figures.sqnr_db != now.sqnr_db and not abs(figures.sqnr_db - now.sqnr_db) <= _NOISE_DB:
-                return False
-            low, high = sorted((figures.max_abs_over_std, now.max_abs_over_std))
-            quiet = low == high or high <= _NOISE_GROWTH * low
-            if figures.mismatch != now.mismatch or not quiet:
-                return False
+        if not all(_close(figures, after.outputs[name]) for name, figures in before.outputs.items()):
+            return False
     return True
+
+
+def _close(old: Figures, new: Figures) -> bool:
+    if (old.sqnr_db is None, old.mismatch) != (new.sqnr_db is None, new.mismatch):
+        return False
+    if old.sqnr_db is None or new.sqnr_db is None:
+        return True
+    low, high = sorted((old.max_abs_over_std or 0.0, new.max_abs_over_std or 0.0))
+    quiet = old.sqnr_db == new.sqnr_db or abs(old.sqnr_db - new.sqnr_db) <= _NOISE_DB
+    return quiet and (low == high or high <= _NOISE_GROWTH * low)
 
 
 def _write(path: Path, records: Mapping[str, ArtifactRecord]) -> None:

@@ -75,6 +75,18 @@ def inspect(
 
 
 @app.command()
+def diff(
+    old: Annotated[Path, typer.Argument(help="An artifact's folder.")],
+    new: Annotated[Path, typer.Argument(help="The artifact that is compared with it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare two artifacts: figures, what changed, and the likely cause; exit code 4 where NEW is worse than OLD."""
+    from trtforge.converter.diff import diff as run
+
+    raise typer.Exit(run(old, new, as_json=as_json))
+
+
+@app.command()
 def calibrate(
     file: Annotated[Path, typer.Argument(help="A YAML file of models.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file of ranges (with --shard: the part).")],

@@ -33,6 +33,17 @@ _LEAST_ERROR = 0.001
 """Standard deviations; a greatest error below it is float32's noise (the export stage's limit)."""
 _LEAST_COSINE_LOSS = 1e-6
 """The digits of a cosine that a record keeps."""
+_ROUNDING = 0.005
+"""A record keeps three digits of an error."""
+_LEAST = ("sqnr_db", "cosine")
+"""Measures that may not be less; the others may not be more."""
+_MEASURES: Mapping[str, tuple[str, str, int]] = {
+    "sqnr_db": ("SQNR dB", ".1f", 1),
+    "cosine": ("cosine", ".6f", 6),
+    "max_abs_over_std": ("max err / std", ".3g", 0),
+    "mismatch": ("mismatches", ".2%", 0),
+}
+"""Title, format, and the digits of those that are rounded to a place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,31 +155,28 @@ def _stage_rows(stage: str, old: StageRecord, new: StageRecord, allowance: Allow
 
 
 def _figure_rows(stage: str, output: str, old: Figures, new: Figures, allowance: Allowance) -> list[Row]:
-    sqnr = min(old.sqnr_db, allowance.ceiling_db) - allowance.sqnr_drop_db
-    cosine = 1 - allowance.growth * max(1 - old.cosine, _LEAST_COSINE_LOSS)
-    error = allowance.growth * max(old.max_abs_over_std, _LEAST_ERROR)
-    mismatch = allowance.growth * old.mismatch
-
-    def row(name: str, form: str, before: float, after: float, limit: str, ok: bool) -> Row:
-        return Row(stage, output, name, format(before, form), format(after, form), limit, not ok)
-
-    # Compared as they are recorded, so that what a baseline rounded away cannot fail; NaN meets no limit.
-    rows = [
-        row("SQNR dB", ".1f", old.sqnr_db, new.sqnr_db, f">= {sqnr:.1f}", round(new.sqnr_db, 1) >= round(sqnr, 1)),
-        row("cosine", ".6f", old.cosine, new.cosine, f">= {cosine:.6f}", round(new.cosine, 6) >= round(cosine, 6)),
-        row(
-            "max err / std",
-            ".3g",
-            old.max_abs_over_std,
-            new.max_abs_over_std,
-            f"<= {error:.3g}",
-            new.max_abs_over_std <= error * 1.005,
-        ),
-    ]
-    if old.mismatch or new.mismatch:
-        ok = new.mismatch <= mismatch
-        rows.append(row("mismatches", ".2%", old.mismatch, new.mismatch, f"<= {mismatch:.2%}", ok))
+    rows = []
+    for name, (title, form, digits) in _MEASURES.items():
+        before, after = getattr(old, name), getattr(new, name)
+        if before is None and after is None:
+            continue
+        if before is None or after is None:  # an output that became floating, or no longer is
+            rows.append(Row(stage, output, title, _text(before), _text(after), "", after is None))
+            continue
+        limit = _limit(name, before, allowance)
+        # As it is recorded, so that what a baseline rounded away cannot fail; NaN meets no limit.
+        ok = round(after, digits) >= round(limit, digits) if name in _LEAST else after <= limit * (1 + _ROUNDING)
+        allowed = f"{'>=' if name in _LEAST else '<='} {limit:{form}}"
+        rows.append(Row(stage, output, title, f"{before:{form}}", f"{after:{form}}", allowed, not ok))
     return rows
+
+
+def _limit(name: str, old: float, allowance: Allowance) -> float:
+    if name == "sqnr_db":
+        return min(old, allowance.ceiling_db) - allowance.sqnr_drop_db
+    if name == "cosine":
+        return 1 - allowance.growth * max(1 - old, _LEAST_COSINE_LOSS)
+    return allowance.growth * (max(old, _LEAST_ERROR) if name == "max_abs_over_std" else old)
 
 
 def _tolerance_rows(old: Mapping[str, float | None], new: Mapping[str, float | None]) -> list[Row]:
@@ -179,7 +187,7 @@ def _tolerance_rows(old: Mapping[str, float | None], new: Mapping[str, float | N
         before, after = old[name], new.get(name)
         if before == after:
             continue
-        least = name in ("sqnr_db", "cosine")
+        least = name in _LEAST
         loosest = -math.inf if least else math.inf
         was, is_ = (loosest if before is None else before), (loosest if after is None else after)
         looser = is_ < was if least else is_ > was

@@ -7,10 +7,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trtforge.converter.artifact import PLAN, PROOF, REFERENCE, Artifact
 from trtforge.runtime.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from trtforge.validation.metrics import Measures
 
 __all__ = ["ArtifactRecord", "Figures", "StageRecord", "record_artifact"]
 
@@ -20,21 +23,27 @@ _HASH_DIGITS = 16
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One output over all samples of the golden set, as in `validation.metrics.Measures`."""
+    """One output over all samples of the golden set, as in `validation.metrics.Measures`.
 
-    sqnr_db: float
-    cosine: float
-    max_abs_over_std: float
-    mismatch: float = 0.0
+    A floating output has the first three, an integer or boolean one `mismatch` alone: what the proof judges it by.
+    """
+
+    sqnr_db: float | None = None
+    cosine: float | None = None
+    max_abs_over_std: float | None = None
+    mismatch: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Rounded to what a person can use, so that a diff shows changes and not digits; infinities as text."""
-        data: dict[str, Any] = {
-            "sqnr_db": _plain(round(self.sqnr_db, 1)),
-            "cosine": _plain(round(self.cosine, 6)),
-            "max_abs_over_std": _plain(float(f"{self.max_abs_over_std:.3g}")),
+        rounded = {
+            "sqnr_db": None if self.sqnr_db is None else round(self.sqnr_db, 1),
+            "cosine": None if self.cosine is None else round(self.cosine, 6),
+            "max_abs_over_std": None if self.max_abs_over_std is None else float(f"{self.max_abs_over_std:.3g}"),
+            "mismatch": None if self.mismatch is None else float(f"{self.mismatch:.3g}"),
         }
-        return data if self.mismatch == 0 else {**data, "mismatch": float(f"{self.mismatch:.3g}")}
+        return {
+            name: value if math.isfinite(value) else str(value) for name, value in rounded.items() if value is not None
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Figures:
@@ -175,16 +184,16 @@ def _proof(artifact: Artifact) -> dict[str, StageRecord]:
         report = next((report for report in proof.reports if report.candidate.stage == stage), None)
         if report is None:
             continue
-        outputs = {
-            output.name: Figures(
-                output.pooled.sqnr_db, output.pooled.cosine, output.pooled.max_abs_over_std, output.pooled.mismatch
-            )
-            for output in report.outputs
-            if output.pooled is not None
-        }
+        outputs = {output.name: _figures(output.dtype, output.pooled) for output in report.outputs if output.pooled}
         runner = f"{report.candidate.runner} {report.candidate.version}"
         found[stage] = StageRecord(runner, report.verdict.value, outputs)
     return found
+
+
+def _figures(dtype: str, measures: Measures) -> Figures:
+    if "float" not in dtype:
+        return Figures(mismatch=measures.mismatch)
+    return Figures(measures.sqnr_db, measures.cosine, measures.max_abs_over_std)
 
 
 def _structure(artifact: Artifact) -> tuple[str, dict[str, int]]:
@@ -209,7 +218,3 @@ def _inputs_hash(artifact: Artifact) -> str:
         digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-def _plain(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
