@@ -23,8 +23,8 @@ from trtforge.runtime.trt.messages import BuildLog, make_logger
 from trtforge.runtime.trt.onnx_scan import OnnxScan, scan_onnx
 from trtforge.runtime.trt.parse import (
     NodeError,
+    allow_decomposition,
     check_network,
-    decompose_float_attention,
     network_specs,
     node_errors,
 )
@@ -184,7 +184,7 @@ def build_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         nodes = [error.to_json() for error in node_errors(parser)]
         return {"failure": {"kind": "parse", "nodes": nodes, "log": log.errors}}
     check_network(trt, network, backend)
-    decompose_float_attention(trt, network)
+    allow_decomposition(trt, network)
     inputs, outputs = network_specs(network)
     config = _configure(trt, builder, args)
     add_profiles(builder, config, inputs, args["profiles"])

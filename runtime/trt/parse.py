@@ -13,7 +13,7 @@ from trtforge.runtime.trt.backend import Backend
 from trtforge.runtime.trt.dtypes import dtype_name
 from trtforge.runtime.trt.messages import readable
 
-__all__ = ["NodeError", "check_network", "decompose_float_attention", "network_specs", "node_errors"]
+__all__ = ["NodeError", "allow_decomposition", "check_network", "network_specs", "node_errors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +95,17 @@ def check_network(trt: ModuleType, network: Any, backend: Backend) -> None:
         )
 
 
-def decompose_float_attention(trt: ModuleType, network: Any) -> None:
-    """Lets the builder take float32 attention apart: fused kernels exist for half types only.
+def allow_decomposition(trt: ModuleType, network: Any) -> None:
+    """Lets the builder take attention apart where it has no fused kernel; where it has one, it is taken all the same.
 
-    Without it RTX 1.7 fails to build any ONNX `Attention` in float32: "CHECK(composite_op->is_decomposable()) failed".
+    Without it RTX 1.7 fails to build: "CHECK(composite_op->is_decomposable()) failed". There are fused kernels for half
+    types only, and not for every size of a head: BERT with heads of 8 fails in fp16 too.
     """
     if not hasattr(trt, "IAttentionInputLayer"):
         return
     for number in range(network.num_layers):
         layer = network.get_layer(number)
-        if layer.type == trt.LayerType.ATTENTION_INPUT and layer.get_input(0).dtype == trt.DataType.FLOAT:
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
             # The bindings hand out the base class; NVIDIA's own samples reach the derived one in this way.
             layer.__class__ = trt.IAttentionInputLayer
             layer.attention.decomposable = True
