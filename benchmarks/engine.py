@@ -34,7 +34,7 @@ import torchvision
 import trtforge
 from trtforge.converter.artifact import Artifact
 from trtforge.runtime.trt.backend import find_backend, import_backend
-from trtforge.runtime.trt.tf32 import MatchingTf32
+from trtforge.runtime.trt.tf32 import Tf32Hold
 
 ROUNDS = 9
 LIMITS = {"bind": 1.05, "call": 1.15}
@@ -48,15 +48,16 @@ def convert(model: torch.nn.Module, x: torch.Tensor, precision: str, folder: Pat
     return trtforge.convert(model, x.cpu(), folder / "artifact", precision=precision)
 
 
-def bare(path: Path, x: torch.Tensor) -> tuple[Call, float]:
+def bare(path: Path, x: torch.Tensor, tf32: bool) -> tuple[Call, float]:
     """TensorRT without us: its context at fixed addresses, captured by torch; and the seconds of loading."""
     backend = find_backend("auto")
     trt = import_backend(backend)
+    hold = Tf32Hold(tf32)
     started = time.perf_counter()
     logger = trt.Logger(trt.Logger.ERROR)
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
-    context = MatchingTf32()(engine.create_execution_context, lambda: None)
+    context = engine.create_execution_context()
     loaded = time.perf_counter() - started
     tensors = {}
     for number in range(engine.num_io_tensors):
@@ -77,7 +78,7 @@ def bare(path: Path, x: torch.Tensor) -> tuple[Call, float]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         assert context.execute_async_v3(stream.cuda_stream)
-    kept = (runtime, engine, context, logger)
+    kept = (runtime, engine, context, logger, hold)
     output = list(tensors.values())[-1]
 
     def replay(_: Any = kept) -> torch.Tensor:
@@ -220,7 +221,7 @@ def main() -> None:
         engine, first = timed(artifact.load)
         engine.close()
         engine, second = timed(artifact.load)
-        replay, bare_load = bare(artifact.engine, x)
+        replay, bare_load = bare(artifact.engine, x, options.precision == "tf32")
         given = x.to(getattr(torch, engine.inputs[0].dtype))
         sides: dict[str, Call] = {
             "bare": replay,

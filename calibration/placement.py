@@ -21,12 +21,23 @@ from trtforge.runtime.errors import CalibrationError, ConfigError
 from trtforge.runtime.graph import node_refs
 from trtforge.runtime.precision import QUANTIZED, Assignment, PrecisionPlan
 
-__all__ = ["QUANTIZABLE", "Placement", "QuantizedTensor", "QuantizedWeight", "Skipped", "Use", "quantizable_tensors"]
+__all__ = [
+    "PRODUCTS",
+    "QUANTIZABLE",
+    "Placement",
+    "QuantizedTensor",
+    "QuantizedWeight",
+    "Skipped",
+    "Use",
+    "quantizable_tensors",
+]
 
 QUANTIZABLE: tuple[str, ...] = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add")
 """Operators that a plan can quantize; of Add only the skip branch beside a quantized convolution."""
 
-_WEIGHTED = frozenset(QUANTIZABLE) - {"Add"}
+PRODUCTS = frozenset(QUANTIZABLE) - {"Add"}
+"""Those that sum products of codes."""
+
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, None})
 _SAME_VALUES = frozenset(
@@ -190,7 +201,7 @@ class _Search:
         for node in self.graph:
             if node.domain not in ("", "ai.onnx"):
                 continue
-            if node.op_type in _WEIGHTED and self._format(node) is not None:
+            if node.op_type in PRODUCTS and self._format(node) is not None:
                 self._weighted(node)
             elif node.op_type == "Add":
                 self._residual(node)
@@ -296,7 +307,7 @@ class _Search:
     def _nested(self) -> None:
         outer = set(self.graph)
         for node in self.graph.all_nodes():
-            if node not in outer and node.op_type in _WEIGHTED and self._format(node) is not None:
+            if node not in outer and node.op_type in PRODUCTS and self._format(node) is not None:
                 self.skipped.append(Skipped(node.name or "", "it is inside the body of an If, Loop or Scan"))
 
 

@@ -119,6 +119,7 @@ class Artifact:
             version=facts["version"],
             device=self.facts.get("device"),
             digest=self.manifest.files[ENGINE].sha256,
+            tf32=facts["tf32"],
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import ml_dtypes
@@ -82,7 +82,9 @@ class Decision:
     clamp_type: ir.DataType = ir.DataType.FLOAT
 
 
-def assign(model: ir.Model, plan: PrecisionPlan, *, graph: str | None = None) -> dict[ir.Node, Decision]:
+def assign(
+    model: ir.Model, plan: PrecisionPlan, *, graph: str | None = None, no_half: Collection[str] = ()
+) -> dict[ir.Node, Decision]:
     """What the plan comes to for every node that has float32 tensors.
 
     A node stays in fp32 in spite of its plan where its operator does not take the type, in ONNX at the graph's opset
@@ -93,6 +95,8 @@ def assign(model: ir.Model, plan: PrecisionPlan, *, graph: str | None = None) ->
         model: A float graph; every value's element type is known (`types.infer_types`).
         plan: The plan.
         graph: Hash of the graph, checked where the plan selects by id.
+        no_half: Ids of nodes that get fp32 where the plan says fp16: quantized products, for a backend that sums their
+            codes in float16.
 
     Raises:
         ConfigError: as `PrecisionPlan.resolve`.
@@ -102,7 +106,8 @@ def assign(model: ir.Model, plan: PrecisionPlan, *, graph: str | None = None) ->
     for node in _own_nodes(model):
         if any(float_slots(node)):
             wish = resolved[node.name or ""]
-            wishes[node] = wish, plan.float_default if wish.precision in QUANTIZED else wish.precision
+            precision = plan.float_default if wish.precision in QUANTIZED else wish.precision
+            wishes[node] = wish, "fp32" if node.name in no_half and precision == "fp16" else precision
     if all(FLOAT_TYPES[precision] == ir.DataType.FLOAT for _, precision in wishes.values()):
         return {node: _keep(node, precision, wish.origin, wish.reason) for node, (wish, precision) in wishes.items()}
     rules = _Rules(model.graph.opset_imports, find_positions(model), find_masks(model), FLOAT_TYPES[plan.float_default])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +21,9 @@ ORIGIN = "precision"
 _SHORT = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 
 
-def apply_plan(model: ir.Model, plan: PrecisionPlan, *, graph: str | None = None) -> list[Decision]:
+def apply_plan(
+    model: ir.Model, plan: PrecisionPlan, *, graph: str | None = None, no_half: Collection[str] = ()
+) -> list[Decision]:
     """Makes every node run in its precision, in place.
 
     Only float32 tensors change: integers, float64 and what the model itself holds in float16 or bfloat16 stay. A node
@@ -34,6 +36,7 @@ def apply_plan(model: ir.Model, plan: PrecisionPlan, *, graph: str | None = None
         plan: Where `keep_io`, graph inputs and outputs keep float32 and casts stand inside; otherwise they take
             `plan.float_default`.
         graph: Hash of the reference graph, checked where the plan selects by id.
+        no_half: As `assign` takes it.
 
     Returns:
         The decision for every node that has float32 tensors, in order of execution, outer graphs first.
@@ -49,7 +52,7 @@ def apply_plan(model: ir.Model, plan: PrecisionPlan, *, graph: str | None = None
             why="ONNX's Cast takes bfloat16 from opset 13 on",
             fix="export at a higher opset, or leave out `keep_io: false`",
         )
-    decisions = assign(model, plan, graph=graph)
+    decisions = assign(model, plan, graph=graph, no_half=no_half)
     if any(decision.dtype != ir.DataType.FLOAT for decision in decisions.values()) or not plan.keep_io:
         caster = _Caster(model, decisions)
         if not plan.keep_io:

@@ -154,7 +154,8 @@ class EngineCase:
         if artifact.status == "validated" and artifact.engine is not None:
             from trtforge.runtime.trt.execute import EngineRunner
 
-            return EngineRunner(artifact.engine, artifact.facts["engine"]["backend"]).run(feeds)
+            facts = artifact.facts["engine"]
+            return EngineRunner(artifact.engine, facts["backend"], tf32=facts["tf32"]).run(feeds)
         from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
 
         return OnnxRuntimeRunner(artifact.model, disable_quant_qdq=True).run(feeds)

@@ -208,7 +208,12 @@ class _Run:
         if quantization is None and plan.float_default in ("fp32", "tf32") and not plan.rules:
             return reference, {plan.float_default}
         graph = load_graph(reference.path)
-        decisions = apply_plan(graph, plan, graph=reference.hash)
+        no_half: frozenset[str] = frozenset()
+        if self.backend is not None and not self.backend.capabilities.half_quantized_products:
+            from trtforge.converter.quantize import quantized_products
+
+            no_half = quantized_products(graph, quantization.placement if quantization else None)
+        decisions = apply_plan(graph, plan, graph=reference.hash, no_half=no_half)
         used: set[Precision] = {decision.precision for decision in decisions} or {"fp32"}
         if quantization is not None:
             from trtforge.converter.quantize import quantize_graph
@@ -270,6 +275,7 @@ class _Run:
             outputs=model.outputs,
             precision=self.config.plan.default,
             tolerance=tolerance,
+            tf32=self.config.plan.float_default == "tf32",
         )
 
     def _require(self, package: Package) -> None:

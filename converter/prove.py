@@ -93,6 +93,7 @@ def prove_engine(
     inputs: tuple[TensorSpec, ...],
     precision: Precision,
     tolerance: Tolerance,
+    tf32: bool,
 ) -> ParityReport:
     """Runs an engine on the GPU in a child process and compares it with the golden set.
 
@@ -105,6 +106,7 @@ def prove_engine(
         inputs: The graph's inputs.
         precision: The plan's default.
         tolerance: The limits.
+        tf32: Whether it was built with TF32 allowed.
 
     Raises:
         ArtifactError: it does not load on this machine.
@@ -114,7 +116,8 @@ def prove_engine(
 
     results = bench.work / "engine.safetensors"
     try:
-        facts = run_engine(engine, backend, _feeds_for(inputs, bench), results, on_event=bench.stages.forward)
+        feeds = _feeds_for(inputs, bench)
+        facts = run_engine(engine, backend, feeds, results, on_event=bench.stages.forward, tf32=tf32)
     except ChildCrashError as error:
         raise ParityError("the engine crashed on the golden set", why=f"{error.what}\n{error.why}") from error
     hashes = {"graph": graph, "engine": hash_file(engine)}

@@ -13,7 +13,7 @@ from trtforge.calibration.calibrate import calibrate
 from trtforge.calibration.existing import check_existing
 from trtforge.calibration.histogram import Histogram
 from trtforge.calibration.pictures import write_page
-from trtforge.calibration.placement import Placement, quantizable_tensors
+from trtforge.calibration.placement import PRODUCTS, Placement, quantizable_tensors
 from trtforge.calibration.qdq import insert_qdq
 from trtforge.calibration.ranges import Ranges
 from trtforge.converter.config import Calibration, ConversionConfig
@@ -32,6 +32,7 @@ __all__ = [
     "find_ranges",
     "make_placement",
     "quantize_graph",
+    "quantized_products",
     "read_ranges",
     "save_calibration",
 ]
@@ -130,6 +131,30 @@ def calibration_source(config: ConversionConfig, live: object | None) -> object:
             fix="name a `calibration: {loader: package.module:function}`, or pass calibration= from Python",
         )
     return source
+
+
+def quantized_products(graph: ir.Model, placement: Placement | None) -> frozenset[str]:
+    """Ids of the nodes that multiply codes, and of the model's own Q/DQ around such.
+
+    Where a backend takes float32 scales only (`Capabilities.half_quantized_products`) they run in float32 instead.
+
+    Args:
+        graph: Before the placement is carried out.
+        placement: What will be quantized; None: nothing but what the model carries.
+    """
+    wanted = frozenset(placement.nodes) if placement else frozenset()
+    found = set()
+    for node in graph.graph:
+        own = node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        reads_codes = any(v is not None and _is_dequantized(v) for v in node.inputs)
+        if own or (node.op_type in PRODUCTS and (node.name in wanted or reads_codes)):
+            found.add(node.name or "")
+    return frozenset(found)
+
+
+def _is_dequantized(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
 def quantize_graph(graph: ir.Model, quantization: Quantization) -> set[Precision]:

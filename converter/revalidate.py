@@ -119,6 +119,7 @@ def _prove_engine(artifact: Artifact, backend: Backend, bench: Bench) -> ParityR
         outputs=model.outputs,
         precision=artifact.facts["precision"],
         tolerance=Tolerance.from_json(artifact.facts["tolerance"]),
+        tf32=artifact.facts["engine"]["tf32"],
     )
 
 

@@ -64,10 +64,13 @@ class Engine:
         digest: The plan file's SHA-256 in hex, where the caller knows it.
         contexts: How many execution contexts each profile may have; each takes the engine's scratch memory.
         graphs: How many CUDA graphs each context keeps; 0 for none.
+        tf32: Whether the engine was built with TF32 allowed. Engines with and without it cannot live in one process at
+            a time: TensorRT has one switch for all.
 
     Raises:
         MissingDependencyError: the backend is not installed.
-        ArtifactError: the engine is corrupt, was built by another release, or is not for this GPU.
+        ArtifactError: the engine is corrupt, was built by another release, or is not for this GPU; or one of the other
+            kind of TF32 is loaded.
     """
 
     def __init__(
@@ -80,10 +83,11 @@ class Engine:
         digest: str = "",
         contexts: int = 4,
         graphs: int = 32,
+        tf32: bool = False,
     ) -> None:
         from trtforge.runtime.trt.session import EngineSession
 
-        session = EngineSession(path, backend, version, device, digest)
+        session = EngineSession(path, backend, version, device, digest, tf32=tf32)
         self._start(session, torch.device("cuda", 0), current_gpu_stream, contexts, graphs)
 
     @classmethod

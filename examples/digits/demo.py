@@ -27,7 +27,8 @@ def accuracy(artifact: Artifact) -> tuple[float, str]:
         from trtforge.runtime.trt.execute import EngineRunner
 
         assert artifact.engine is not None
-        runner = EngineRunner(artifact.engine, artifact.facts["engine"]["backend"])
+        facts = artifact.facts["engine"]
+        runner = EngineRunner(artifact.engine, facts["backend"], tf32=facts["tf32"])
         logits = np.concatenate([runner.run({"image": images[i : i + 150]})["logits"] for i in range(0, 450, 150)])
         return float(np.mean(logits.argmax(1) == labels)), "engine"
     from trtforge.runtime.graph import load_graph, save_graph

@@ -31,6 +31,8 @@ class Capabilities:
         max_opset: The highest ONNX opset that is taken well (23: the operator `Attention` is fused).
         bf16: bfloat16 tensors and layers.
         int8_matmul, int8_conv, fp8: Explicit Q/DQ around these builds.
+        half_quantized_products: Quantized products with float16 scales and output are right. TensorRT-RTX 1.6 on an
+            H100 gives NaN for them (FP8 and INT8 MatMul, FP8 Conv), and the right numbers with float32 ones.
         doomed_operators: ONNX operators that `supports_operator` approves and that then fail to parse or build.
         plugins: Plugins can be registered.
         timing_cache: A timing cache changes build time; a compiler without tactic timing has no use for one.
@@ -51,6 +53,7 @@ class Capabilities:
     int8_matmul: bool
     int8_conv: bool
     fp8: bool
+    half_quantized_products: bool
     doomed_operators: frozenset[str]
     plugins: bool
     timing_cache: bool
@@ -106,6 +109,7 @@ _RTX_1_5 = Capabilities(
     int8_matmul=True,
     int8_conv=False,
     fp8=True,
+    half_quantized_products=False,
     # RTX has no plugin for NonZero, and no kernel for NonMaxSuppression.
     doomed_operators=frozenset({"NonZero", "NonMaxSuppression"}),
     plugins=False,
@@ -129,6 +133,7 @@ _TRT_10_8 = Capabilities(
     int8_matmul=True,
     int8_conv=True,
     fp8=True,
+    half_quantized_products=True,
     doomed_operators=frozenset(),
     plugins=True,
     timing_cache=True,

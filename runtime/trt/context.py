@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import weakref
 from collections.abc import Sequence
@@ -95,9 +94,8 @@ class GpuContext:
 
     def capture(self, addresses: Sequence[int], *, wait: bool) -> Graph | None:
         """See `lanes.Context`."""
-        # Only TensorRT-RTX has the question: no with some control flow, and where memory is allocated at run time.
-        capturable = getattr(self._context, "is_stream_capturable", None)
-        if not self._attempts_left or (capturable is not None and not capturable(self._stream)):
+        # Not asked before: `is_stream_capturable`. RTX 1.6.1 says no for engines whose captured graph is right.
+        if not self._attempts_left:
             return None
         self._bind(addresses)
         with GATE.alone(wait=wait) as entered:
@@ -167,9 +165,8 @@ class GpuContext:
         self._bound = bound
 
     def _enter_profile(self, profile: int) -> None:
-        switch = functools.partial(self._context.set_optimization_profile_async, profile, self._stream)
         with GATE.shared():
-            if not self._opened.tf32(switch, self._opened.log.errors.clear):
+            if not self._context.set_optimization_profile_async(profile, self._stream):
                 raise self._opened.refused(f"cannot switch to profile {profile}")
         # It may have copied on the stream: nothing of the context begins before that is done.
         self._streams.record(self._done, self._stream)

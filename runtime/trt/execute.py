@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import time
 from collections.abc import Mapping
@@ -38,21 +37,21 @@ class EngineRunner:
     Args:
         engine: The plan file.
         backend: "auto", "tensorrt" or "tensorrt-rtx": what built it.
+        tf32: Whether it was built with TF32 allowed.
 
     Raises:
         MissingDependencyError: the backend is not installed.
         ArtifactError: there is no GPU; the engine is corrupt, was built by another release, or is not for this GPU.
     """
 
-    def __init__(self, engine: Path, backend: str = "auto") -> None:
+    def __init__(self, engine: Path, backend: str = "auto", *, tf32: bool = False) -> None:
         found = find_backend(backend)
         check_fit(engine, found)
         self._cuda = Cuda()
         self._buffers: dict[str, DeviceBuffer] = {}
-        self._opened = OpenEngine(engine, found)
+        self._opened = OpenEngine(engine, found, tf32=tf32)
         self._log = self._opened.log
-        create = self._opened.engine.create_execution_context
-        self._context: Any = self._opened.tf32(create, self._log.errors.clear)
+        self._context: Any = self._opened.engine.create_execution_context()
         if self._context is None:
             raise self._opened.refused("gives no execution context")
         self._inputs, self._outputs = self._opened.inputs, self._opened.outputs
@@ -174,8 +173,7 @@ class EngineRunner:
         # The one in use first: a change of profile makes TensorRT set the context up anew.
         chosen = self._profile if self._profile in fitting else fitting[0]
         if chosen != self._profile:
-            switch = functools.partial(self._context.set_optimization_profile_async, chosen, self._cuda.stream)
-            if not self._opened.tf32(switch, self._log.errors.clear):
+            if not self._context.set_optimization_profile_async(chosen, self._cuda.stream):
                 raise self._opened.refused(f"cannot switch to profile {chosen}")
             self._cuda.synchronize()
             self._profile = chosen
@@ -211,6 +209,7 @@ def run_engine(
     on_event: OnEvent | None = None,
     *,
     profiles: Mapping[str, int] | None = None,
+    tf32: bool = False,
 ) -> dict[str, Any]:
     """Runs every sample of a file in a child process, since a broken engine can end the process.
 
@@ -221,6 +220,7 @@ def run_engine(
         outputs: Written by the child: safetensors with keys `<sample>/<output>`.
         on_event: Receives `{"event": "progress", "phase": "engine", "done", "total"}` after each sample.
         profiles: The optimization profile of samples, by sample; the others run in any that holds them.
+        tf32: Whether the engine was built with TF32 allowed.
 
     Returns:
         `{"runner", "version", "device", "samples", "load_seconds", "seconds", "inputs", "outputs"}`; seconds of running
@@ -236,17 +236,18 @@ def run_engine(
         "feeds": str(feeds),
         "outputs": str(outputs),
         "profiles": dict(profiles or {}),
+        "tf32": tf32,
     }
     return _in_child("trt.run", args, engine, on_event)
 
 
-def inspect_engine(engine: Path, backend: str) -> dict[str, Any]:
+def inspect_engine(engine: Path, backend: str, *, tf32: bool = False) -> dict[str, Any]:
     """`{"inputs", "outputs", "profiles", "layers"}` of an engine, read in a child process; it takes the engine's GPU.
 
     Raises:
         TrtForgeError: as `EngineRunner` raises.
     """
-    return _in_child("trt.inspect", {"engine": str(engine), "backend": backend}, engine, None)
+    return _in_child("trt.inspect", {"engine": str(engine), "backend": backend, "tf32": tf32}, engine, None)
 
 
 def run_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
@@ -256,7 +257,7 @@ def run_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     if not samples:
         raise ConfigError(f"{args['feeds']} holds no tensors", fix="record at least one sample `<sample>/<input>`")
     started = time.perf_counter()
-    with contextlib.closing(EngineRunner(Path(args["engine"]), args["backend"])) as runner:
+    with contextlib.closing(EngineRunner(Path(args["engine"]), args["backend"], tf32=args["tf32"])) as runner:
         loaded = time.perf_counter()
         results: dict[str, Array] = {}
         seconds = 0.0
@@ -282,7 +283,7 @@ def run_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
 
 def inspect_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     """The child's end of `inspect_engine`."""
-    with contextlib.closing(EngineRunner(Path(args["engine"]), args["backend"])) as runner:
+    with contextlib.closing(EngineRunner(Path(args["engine"]), args["backend"], tf32=args["tf32"])) as runner:
         return {
             "inputs": [spec.to_json() for spec in runner.inputs],
             "outputs": [spec.to_json() for spec in runner.outputs],

@@ -15,7 +15,7 @@ from trtforge.runtime.trt.backend import Backend, import_backend
 from trtforge.runtime.trt.dtypes import dtype_name
 from trtforge.runtime.trt.header import read_rtx_header
 from trtforge.runtime.trt.messages import BuildLog, make_logger
-from trtforge.runtime.trt.tf32 import MatchingTf32
+from trtforge.runtime.trt.tf32 import Tf32Hold
 
 __all__ = ["OpenEngine", "ProfileShapes", "check_fit"]
 
@@ -31,34 +31,35 @@ class OpenEngine:
     Args:
         path: The plan file; `check_fit` it first.
         backend: What built it.
+        tf32: Whether it was built with TF32 allowed.
 
     Attributes:
         trt: TensorRT's Python module.
         log: What its logger said; one for the whole process.
         engine: The `ICudaEngine`; None after `close`.
-        tf32: Through it contexts are made, and their profiles changed.
         inputs: In the engine's order; engines forget the names of dimensions, so they are called `name[axis]`.
         outputs: In the engine's order.
         profiles: For each optimization profile the shapes by input name.
 
     Raises:
         MissingDependencyError: the backend does not load.
-        ArtifactError: the plan cannot be read or deserialised, or a tensor of it lives on the host.
+        ArtifactError: the plan cannot be read or deserialised, a tensor of it lives on the host, or an engine of the
+            other kind of TF32 lives in this process.
     """
 
-    def __init__(self, path: Path, backend: Backend) -> None:
+    def __init__(self, path: Path, backend: Backend, *, tf32: bool) -> None:
         self.path = path
         self.backend = backend
         self.trt = import_backend(backend)
         self.log, logger = _runtime_logger(self.trt)
         self.log.errors.clear()
+        self._tf32 = Tf32Hold(tf32)
         # The runtime stays referenced as long as the engine lives: TensorRT does not see to it.
         try:
             self._runtime: Any = self.trt.Runtime(logger)
         except TypeError as error:  # the bindings' word for a null pointer
             raise self.refused("finds no runtime") from error
-        self.tf32 = MatchingTf32()
-        self.engine: Any = self._runtime.deserialize_cuda_engine(_read(path))
+        self.engine: Any = self._runtime.deserialize_cuda_engine(_read(self.path))
         if self.engine is None:
             raise self.refused("does not load")
         self.inputs, self.outputs = self._describe()
@@ -71,7 +72,7 @@ class OpenEngine:
         """Drops the engine, then the runtime; its contexts must be gone."""
         self.engine = None
         self._runtime = None
-        self.tf32.release()
+        self._tf32.release()
 
     def refused(self, what: str) -> ArtifactError:
         """An error that says `what` the engine did, and why according to TensorRT's log."""

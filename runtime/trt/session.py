@@ -36,6 +36,7 @@ class EngineSession:
         version: The release that built it.
         device: The GPU that it was built on, as `check_fit` takes it.
         digest: The plan file's SHA-256 in hex, where the caller knows it; "" to compute it.
+        tf32: Whether it was built with TF32 allowed.
 
     Raises:
         MissingDependencyError: the backend is not installed.
@@ -43,14 +44,21 @@ class EngineSession:
     """
 
     def __init__(
-        self, path: Path, backend: str, version: str | None, device: Mapping[str, Any] | None, digest: str = ""
+        self,
+        path: Path,
+        backend: str,
+        version: str | None,
+        device: Mapping[str, Any] | None,
+        digest: str = "",
+        *,
+        tf32: bool = False,
     ) -> None:
         found = find_backend(backend)
         here = check_fit(path, found, version=version, device=device)
         self._cuda = Cuda()
         self._streams = Streams(self._cuda)
         with GATE.shared():
-            self._opened = OpenEngine(path, found)
+            self._opened = OpenEngine(path, found, tf32=tf32)
         self._opening = threading.Lock()
         self._compiler = _Compiler(self._opened, here, digest) if found.name == "tensorrt-rtx" else None
         self._saved_at = -math.inf
@@ -86,7 +94,7 @@ class EngineSession:
         with self._opening, GATE.shared():
             opened.log.errors.clear()
             create = self._compiler.create_context if self._compiler else opened.engine.create_execution_context
-            context = opened.tf32(create, opened.log.errors.clear)
+            context = create()
             if context is None:
                 raise opened.refused("gives no execution context")
         made = GpuContext(opened, self._streams, context, profile)

@@ -30,12 +30,16 @@ from trtforge.runtime.trt.runtime_cache import cache_folder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not gpu_present(), reason="there is no GPU here")]
 
-# Two outputs, one of lower rank; a chain long enough that overlapping runs would meet in its scratch memory.
-WIDE = """g (float[n,256] x) => (float[n,256] y, float[n] z) <float[256,256] w, int64[1] last = {1}> {
+# Two outputs, one of lower rank; a chain long enough that overlapping runs would meet in its scratch memory. The gain
+# keeps float32's error at 3e-5, and TF32's at 6e-3 (without it 1e-4 and 0.1, and a GPU's sums in order give 1e-3).
+WIDE = """g (float[n,256] x) => (float[n,256] y, float[n] z)
+<float[256,256] w, int64[1] last = {1}, float gain = {0.0625}> {
   a = MatMul(x, w)
-  b = Tanh(a)
+  a1 = Mul(a, gain)
+  b = Tanh(a1)
   c = MatMul(b, w)
-  d = Tanh(c)
+  c1 = Mul(c, gain)
+  d = Tanh(c1)
   e = MatMul(d, w)
   y = Add(e, x)
   z = ReduceSum<keepdims = 0>(e, last)
@@ -107,7 +111,7 @@ def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def _wide(weights: np.ndarray, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What WIDE computes, in float64."""
     w = torch.from_numpy(weights).double().to(x.device)
-    e = torch.tanh(torch.tanh(x.double() @ w) @ w) @ w
+    e = torch.tanh(torch.tanh(x.double() @ w / 16) @ w / 16) @ w
     return e + x, e.sum(1)
 
 
@@ -116,7 +120,7 @@ def _weights(path: Path) -> np.ndarray:
     return np.array(onnx.numpy_helper.to_array(found))
 
 
-def _close(y: torch.Tensor, expected, tolerance: float = 1e-4) -> None:
+def _close(y: torch.Tensor, expected, tolerance: float = 5e-4) -> None:
     torch.testing.assert_close(
         y.double().cpu(), torch.as_tensor(expected).double().cpu(), rtol=tolerance, atol=tolerance
     )
@@ -316,7 +320,7 @@ def test_eight_threads_and_changing_shapes(built):
 
         with ThreadPoolExecutor(8) as pool:
             worst = list(pool.map(calls, range(8)))
-        assert max(worst) < 1e-4, worst
+        assert max(worst) < 5e-4, worst
         assert engine.contexts <= 8  # four a profile
 
 
@@ -465,6 +469,39 @@ def _load_in_a_process(path: Path, shape: str) -> tuple[float, str, str]:
     )
     _, took, total = next(line for line in done.stdout.splitlines() if line.startswith("took")).split()
     return float(took), total, done.stderr
+
+
+IN_ORDER = """
+import sys, torch
+from trtforge.runtime.engine import Engine
+from trtforge.runtime.trt.backend import find_backend
+from pathlib import Path
+b = find_backend("auto")
+x = torch.ones(2, 3, 32, 32, device="cuda")
+for path, tf32 in zip(sys.argv[1::2], sys.argv[2::2]):
+    with Engine(Path(path), backend=b.name, version=b.version, tf32=tf32 == "tf32") as engine:
+        print("sum", tf32, engine(x).double().sum().item())
+"""
+
+
+def test_tf32_and_float32_one_after_the_other_in_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    paths = {}
+    for tf32 in (False, True):
+        folder = tmp_path / f"tf32-{tf32}"
+        folder.mkdir()
+        path = models.write(folder, CNN)
+        profile = {"x": ((1, 3, 8, 8), (2, 3, 32, 32), (4, 3, 64, 64))}
+        paths[tf32] = build_engine(BuildRequest(path, folder / "model.engine", "auto", (profile,), tf32=tf32)).path
+    x = np.ones((2, 3, 32, 32), np.float32)
+    exact = float(OnnxRuntimeRunner(path).run({"x": x})["y"].astype(np.float64).sum())
+    a, b = [str(paths[False]), "fp32"], [str(paths[True]), "tf32"]
+    for order in (a + b, b + a, a + b, b + a):
+        done = subprocess.run([sys.executable, "-c", IN_ORDER, *order], capture_output=True, text=True, check=True)
+        sums = {line.split()[1]: float(line.split()[2]) for line in done.stdout.splitlines() if line.startswith("sum")}
+        print(f"\n{order[1]} first: {sums}, exact {exact}")
+        assert sums["fp32"] == pytest.approx(exact, abs=2e-5)  # TF32 is 2.3e-4 off
+        assert sums["tf32"] == pytest.approx(exact, abs=1e-2)
 
 
 @pytest.mark.skipif(

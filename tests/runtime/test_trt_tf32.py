@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
 
-from trtforge.runtime.trt.tf32 import MatchingTf32, set_build_tf32
+from trtforge.runtime.errors import ArtifactError
+from trtforge.runtime.trt.tf32 import Tf32Hold, set_build_tf32
 
 VARIABLE = "NVIDIA_TF32_OVERRIDE"
-
-
-def engine_built_under(value: str | None):
-    """A context is given under the right value of the variable alone, as RTX 1.6 does."""
-    return lambda: "context" if os.environ.get(VARIABLE) == value else None
 
 
 @pytest.fixture(autouse=True, params=[None, "0", "1"])
@@ -26,34 +23,37 @@ def before(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     assert os.environ.get(VARIABLE) == request.param
 
 
-@pytest.mark.parametrize("value", ["0", None])
-def test_value_is_found_held_and_given_back(value: str | None) -> None:
-    first, second, retries = MatchingTf32(), MatchingTf32(), []
-    assert first(engine_built_under(value), lambda: retries.append(1)) == "context"
-    assert second(engine_built_under(value), lambda: retries.append(2)) == "context"
+@pytest.mark.parametrize(("tf32", "value"), [(False, "0"), (True, None)])
+def test_value_is_held_and_given_back_with_the_last_engine(tf32: bool, value: str | None, before: str | None) -> None:
+    first, second = Tf32Hold(tf32), Tf32Hold(tf32)
     assert os.environ.get(VARIABLE) == value
-    assert retries == ([1] if value is None else [])
     first.release()
     first.release()
     assert os.environ.get(VARIABLE) == value
     second.release()
+    assert os.environ.get(VARIABLE) == before
 
 
 def test_engines_of_both_kinds_do_not_live_together() -> None:
-    first, second = MatchingTf32(), MatchingTf32()
-    assert first(engine_built_under("0"), lambda: None) == "context"
-    assert second(engine_built_under(None), lambda: None) is None
-    assert first(engine_built_under("0"), lambda: None) == "context"
+    first = Tf32Hold(False)
+    with pytest.raises(ArtifactError, match="without it lives in this process"):
+        Tf32Hold(True)
+    assert os.environ[VARIABLE] == "0"
     first.release()
-    assert second(engine_built_under(None), lambda: None) == "context"
+    second = Tf32Hold(True)
+    with pytest.raises(ArtifactError, match="with it lives in this process"):
+        Tf32Hold(False)
     second.release()
 
 
-def test_refusal_leaves_the_environment_alone() -> None:
-    assert MatchingTf32()(lambda: None, lambda: None) is None
+def test_a_forgotten_hold_lets_go() -> None:
+    hold = Tf32Hold(False)
+    assert os.environ[VARIABLE] == "0"
+    del hold
+    gc.collect()  # the fixture sees that the variable is back
 
 
-def test_builds_set_it(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+def test_builds_set_it(before: str | None) -> None:
     set_build_tf32(False)
     assert os.environ[VARIABLE] == "0"
     set_build_tf32(True)
