@@ -31,6 +31,7 @@ def convert(
     output: str | Path,
     *,
     precision: str | PrecisionPlan = "fp32",
+    overflow_guard: bool = True,
     dims: Dims | None = None,
     inputs: Mapping[str, Sequence[int | str | None]] | None = None,
     outputs: Sequence[str] = (),
@@ -54,6 +55,7 @@ def convert(
             tuples, None and dataclasses; may be None for an exported program, and is for an ONNX file.
         output: The artifact's folder, replaced as a whole; its last part is the model's name.
         precision: "fp32", "tf32", "fp16", "bf16", a plan, or the path of a plan's YAML file.
+        overflow_guard: Keep nodes that would overflow float16 on the samples in fp32; False leaves the plan as it is.
         dims: `{"batch": (min, opt, max)}`, or a list of such maps, one an optimization profile.
         inputs: The shape of each input with dimension names: `{"x": ("batch", 3, 224, 224)}`; None on an axis keeps the
             example's size. Inputs left out are static.
@@ -79,7 +81,7 @@ def convert(
         ParityError: it does not equal the model; nothing is published at `output`, see `output + ".failed"`.
     """
     target = Path(output)
-    plan = _plan(precision)
+    plan = _plan(precision) if overflow_guard else replace(_plan(precision), overflow_guard=False)
     config = ConversionConfig(
         name=target.name,
         model=target.name,

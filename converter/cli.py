@@ -87,6 +87,30 @@ def diff(
 
 
 @app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="An artifact's folder, NAME.failed, or a folder of them.")],
+    as_json: AsJson = False,
+) -> None:
+    """Draw report.html (and a batch's index.html) again from report.json; print where they are, and the verdict."""
+    from trtforge.converter import commands
+
+    raise typer.Exit(commands.report(path, as_json=as_json))
+
+
+@app.command()
+def bisect(
+    path: Annotated[Path, typer.Argument(help="An artifact's folder, or NAME.failed.")],
+    on: Annotated[str, typer.Option(help="What runs the candidate: auto, onnxruntime or engine.")] = "auto",
+    plan: Annotated[Path | None, typer.Option(help="Write the plan with the exceptions here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the layer where it first goes wrong, its Python line, and the exception to the plan that mends it."""
+    from trtforge.converter import commands
+
+    raise typer.Exit(commands.bisect(path, on=on, plan=plan, as_json=as_json))
+
+
+@app.command()
 def calibrate(
     file: Annotated[Path, typer.Argument(help="A YAML file of models.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file of ranges (with --shard: the part).")],

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from trtforge.converter.batch import Outcome, convert_all, select_models, worst_exit_code
-from trtforge.converter.terminal import ProgressView, print_error, print_json, print_table
+from trtforge.converter.terminal import ProgressView, print_error, print_json, print_table, print_text
 from trtforge.runtime.errors import ConfigError, TrtForgeError
 
-__all__ = ["calibrate", "convert", "inspect", "validate"]
+__all__ = ["bisect", "calibrate", "convert", "inspect", "report", "validate"]
 
 
 def convert(file: Path, *, only: str | None, output: Path, as_json: bool) -> int:
@@ -27,6 +27,10 @@ def convert(file: Path, *, only: str | None, output: Path, as_json: bool) -> int
                 print_error(outcome.error, subject=outcome.name)
 
         outcomes = convert_all(configs, output, on_event=view.show, on_start=name_lines, on_outcome=tell)
+    if len(outcomes) > 1:
+        from trtforge.converter.report_files import update_index
+
+        update_index(output)
     if as_json:
         print_json({"models": {outcome.name: outcome.to_json() for outcome in outcomes}})
     else:
@@ -62,6 +66,42 @@ def inspect(path: Path, *, as_json: bool) -> int:
         return 0
     for title, columns, rows in _inspection_tables(facts):
         print_table(title, columns, rows)
+    return 0
+
+
+def report(path: Path, *, as_json: bool) -> int:
+    """Draws pages again from the data beside them."""
+    from trtforge.converter.report_files import INDEX, report_folder
+
+    found = report_folder(path)
+    index = path / INDEX if (path / INDEX).exists() else None
+    if as_json:
+        print_json({"reports": [item.to_json() for item in found], "index": index and str(index)})
+        return 0
+    for item in found:
+        facts = item.to_json()
+        print_text(f"{facts['name']}: {facts['verdict']}, {facts['status']}. {facts['summary']}")
+        print_text(f"  {facts['page']}{' (drawn anew)' if item.rewritten else ''}")
+    if index is not None:
+        print_text(str(index))
+    return 0
+
+
+def bisect(path: Path, *, on: str, plan: Path | None, as_json: bool) -> int:
+    """Finds the layers to blame; `plan` is where the mended plan goes."""
+    from trtforge.converter.bisect import bisect_on
+    from trtforge.converter.blame_text import describe_finding
+    from trtforge.converter.progress import Stages
+
+    with ProgressView() as view:
+        view.name = path.name
+        found = bisect_on(path, on, Stages(view.show))
+    if plan is not None and found.plan is not None:
+        found.plan.save(plan)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_text(describe_finding(found))
     return 0
 
 

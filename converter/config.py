@@ -7,7 +7,7 @@ import itertools
 import json
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +309,7 @@ def _resolve(name: str, model_name: str, model: ModelSection, source: YamlSource
         profiles=profiles,
         inputs=inputs,
         outputs=tuple(model.outputs),
-        plan=_plan(model.precision, folder),
+        plan=_plan(model.precision, folder, guard=model.overflow_guard),
         calibration=None
         if model.calibration is None
         else Calibration(
@@ -355,7 +355,9 @@ def _input(name: str, section: InputSection) -> InputSpec:
     return InputSpec(name, section.dtype, tuple(section.shape), ValueRange(*values) if values else None)
 
 
-def _plan(precision: str | Mapping[str, Any], folder: Path) -> PrecisionPlan:
+def _plan(precision: str | Mapping[str, Any], folder: Path, *, guard: bool) -> PrecisionPlan:
     if isinstance(precision, str) and precision.endswith((".yaml", ".yml")):
-        return PrecisionPlan.load(folder / precision)
-    return PrecisionPlan.from_data(precision, name="precision")
+        plan = PrecisionPlan.load(folder / precision)
+    else:
+        plan = PrecisionPlan.from_data(precision, name="precision")
+    return plan if guard else replace(plan, overflow_guard=False)

@@ -79,7 +79,7 @@ def overflow_rules(
     Args:
         model: The float reference.
         feeds: Inputs by name, one mapping a sample.
-        plan: The plan; nothing is measured where no node runs in fp16.
+        plan: The plan; nothing is measured where no node runs in fp16, or where its `overflow_guard` is off.
         margin: By how much real inputs may exceed the samples.
 
     Returns:
@@ -88,6 +88,8 @@ def overflow_rules(
     Raises:
         ConfigError: as `PrecisionPlan.resolve`, or where a sample does not fit the graph's inputs.
     """
+    if not plan.overflow_guard:
+        return ()
     graph = load_graph(model.path) if isinstance(model, OnnxModel) else model.clone()
     infer_types(graph)
     decisions = assign(graph, plan, graph=model.hash if isinstance(model, OnnxModel) else None)

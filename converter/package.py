@@ -100,8 +100,17 @@ def publish_package(package: Package, folder: Path, target: Path, *, failed: Par
         ParityError: a proof is missing, did not pass, or is of another graph or engine. "Validated" is an invariant.
     """
     (folder / PLAN).write_text(package.plan.to_yaml(), encoding="utf-8")
+    from trtforge.converter.extras import collect_extras
+
     return publish_proved(
-        folder, target, package.config.name, _facts(package), package.proof, package.golden, failed=failed
+        folder,
+        target,
+        package.config.name,
+        _facts(package),
+        package.proof,
+        package.golden,
+        failed=failed,
+        extras=collect_extras(package, folder),
     )
 
 
@@ -114,6 +123,7 @@ def publish_proved(
     golden: GoldenSet,
     *,
     failed: ParityError | None = None,
+    extras: Mapping[str, Any] | None = None,
 ) -> Artifact:
     """Publishes `folder` at `target` with the status that its proof gives it.
 
@@ -125,6 +135,7 @@ def publish_proved(
         proof: The comparisons.
         golden: What they were made on.
         failed: Why the proof failed; then nothing is required of it.
+        extras: What the report shows beside the proof.
 
     Raises:
         ParityError: as `publish_package`.
@@ -133,7 +144,7 @@ def publish_proved(
 
     engine = folder / ENGINE
     status: Status = "failed" if failed else _status(proof, facts["graphs"], engine if engine.exists() else None)
-    write_reports(folder, name, status, facts, proof, golden, failed)
+    write_reports(folder, name, status, {**facts, **(extras or {})}, proof, golden, failed)
     manifest = write_manifest(folder, status, name, facts)
     publish_folder(folder, target)
     return Artifact(target, manifest)

@@ -14,7 +14,7 @@ from trtforge.runtime.graph import META_ORIGIN, all_graphs
 from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
 from trtforge.runtime.runner import Array, Tensors
 
-__all__ = ["Kind", "Probe", "measure"]
+__all__ = ["Kind", "Probe", "detach_weights", "measure"]
 
 _LARGE = 1024
 Kind = Literal["abs", "max", "centred", "sum", "norm"]
@@ -72,7 +72,7 @@ def measure(
     vector, order = found
     copy.graph.outputs.clear()
     copy.graph.outputs.append(vector)
-    weights = _detach_weights(copy)
+    weights = detach_weights(copy)
     runner = OnnxRuntimeRunner(ir.to_proto(copy).SerializeToString(), weights=weights)
     worst = np.full(len(order), -np.inf, np.float64)
     for sample in samples:
@@ -81,7 +81,7 @@ def measure(
     return dict(zip(order, worst.tolist(), strict=True))
 
 
-def _detach_weights(model: ir.Model) -> dict[str, Array]:
+def detach_weights(model: ir.Model) -> dict[str, Array]:
     """Takes large initializers of the main graph out of the model, which then calls them external."""
     weights: dict[str, Array] = {}
     for name, value in model.graph.initializers.items():

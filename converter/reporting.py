@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trtforge.converter.artifact import PLAN, REFERENCE, REPORT
+from trtforge.converter.artifact import FAILED_SUFFIX, PLAN, REFERENCE, REPORT
+from trtforge.converter.extras import EXTRAS
 from trtforge.runtime.errors import ArtifactError, ParityError
 from trtforge.runtime.graph import load_graph, node_refs
 from trtforge.runtime.precision import PrecisionPlan, Rule
@@ -35,11 +36,15 @@ def write_reports(
     failed: ParityError | None,
 ) -> None:
     """Writes both reports into `folder`, which already holds graph and plan; for a failure Polygraphy's data too."""
+    # A later validation replaces the report of a copied folder: what stood there beside the proof still holds.
+    before = read_report(folder).facts if (folder / REPORT).exists() else {}
+    facts = {**{key: before[key] for key in EXTRAS if key in before}, **facts}
     commands = {"Make it again": str(facts.get("command", ""))}
     error = None
     if failed is not None:
         error = {"what": failed.what, "why": failed.why, "fix": failed.fix}
         export_polygraphy(golden, folder / POLYGRAPHY)
+        commands["Find the layer to blame, and what mends it"] = f"trtforge bisect {name}{FAILED_SUFFIX}"
         commands |= _polygraphy_lines(folder, proof, facts)
     data = ReportData(
         name=name,

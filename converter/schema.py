@@ -128,6 +128,7 @@ class ModelSection(Section):
     inputs: dict[str, InputSection] = {}
     outputs: list[str] = []
     precision: str | dict[str, Any] = "fp32"
+    overflow_guard: Annotated[bool, Field(strict=True)] = True
     calibration: CalibrationSection | None = None
     validation: ValidationSection = ValidationSection()
     target: TargetSection = TargetSection()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from typing_extensions import Self
 
-__all__ = ["ProgressView", "print_error", "print_json", "print_table"]
+__all__ = ["ProgressView", "print_error", "print_json", "print_table", "print_text"]
 
 _OURS = Path(__file__).resolve().parents[1]
 
@@ -92,6 +92,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def print_text(text: str) -> None:
+    """Prints text on stdout."""
+    sys.stdout.write(text.rstrip() + "\n")
 
 
 def print_json(data: Mapping[str, Any]) -> None:

@@ -97,6 +97,7 @@ class PrecisionPlan:
         base: The float precision around quantized nodes, and of nodes that a quantized default cannot apply to.
         graph: Hash of the graph that ids in rules refer to; None where no rule uses an id.
         keep_io: Graph inputs and outputs keep their float32 types; casts stand inside.
+        overflow_guard: Whether nodes that would overflow float16 on the golden samples get a rule for fp32.
     """
 
     default: Precision = "fp32"
@@ -104,6 +105,7 @@ class PrecisionPlan:
     base: Precision = "fp16"
     graph: str | None = None
     keep_io: bool = True
+    overflow_guard: bool = True
 
     def __post_init__(self) -> None:
         _check_choice("default", self.default, PRECISIONS)
@@ -166,6 +168,8 @@ class PrecisionPlan:
             data["base"] = self.base
         if not self.keep_io:
             data["keep_io"] = False
+        if not self.overflow_guard:
+            data["overflow_guard"] = False
         if self.graph:
             data["graph"] = self.graph
         if self.rules:
@@ -199,15 +203,16 @@ class PrecisionPlan:
             return cls(default=_check_choice(f"{name}", data, PRECISIONS))
         if not isinstance(data, Mapping):
             raise ConfigError(f"{name} is {type(data).__name__}, not a precision or a mapping of default and rules")
-        _check_keys(name, data, {"version", "default", "base", "graph", "keep_io", "rules"})
+        _check_keys(name, data, {"version", "default", "base", "graph", "keep_io", "overflow_guard", "rules"})
         if data.get("version", SCHEMA) != SCHEMA:
             raise ConfigError(f"{name} has version {data['version']!r}; this trtforge reads version {SCHEMA}")
         rules = data.get("rules") or []
         if not isinstance(rules, Sequence) or isinstance(rules, str):
             raise ConfigError(f"{name}: rules is {type(rules).__name__}, not a list")
-        keep_io = data.get("keep_io", True)
-        if not isinstance(keep_io, bool):
-            raise ConfigError(f"{name}: keep_io is {keep_io!r}, not true or false")
+        switches = {key: data.get(key, True) for key in ("keep_io", "overflow_guard")}
+        for key, value in switches.items():
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name}: {key} is {value!r}, not true or false")
         graph = data.get("graph")
         if graph is not None and not isinstance(graph, str):
             raise ConfigError(f"{name}: graph is {graph!r}, not a hash")
@@ -216,8 +221,15 @@ class PrecisionPlan:
             rules=tuple(_read_rule(f"{name}: rules[{i}]", rule) for i, rule in enumerate(rules)),
             base=data.get("base", "fp16"),
             graph=graph,
-            keep_io=keep_io,
+            **switches,
         )
+
+    def save(self, path: Path) -> None:
+        """Writes the plan's file. Raises `ConfigError` where it cannot."""
+        try:
+            path.write_text(self.to_yaml(), encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise ConfigError(f"cannot write the precision plan {path}: {error.strerror or error}") from error
 
     @classmethod
     def load(cls, path: Path) -> PrecisionPlan:

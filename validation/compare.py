@@ -8,7 +8,7 @@ from itertools import combinations
 
 from trtforge.runtime.runner import Array, Tensors
 from trtforge.validation.golden import GoldenSet, Sample
-from trtforge.validation.histogram import count_exponents
+from trtforge.validation.histogram import count_exponents, errors_by_magnitude
 from trtforge.validation.metrics import Sums, add_sums, is_float, sum_errors
 from trtforge.validation.parity import (
     Candidate,
@@ -155,6 +155,7 @@ def _compare_output(name: str, pairs: list[tuple[Sample, Array]], terms: _Terms,
         pooled=pooled.measures(),
         samples=tuple(_judge_sample(item, pooled, tolerance, exact=exact) for item in compared),
         exponents=() if exact else count_exponents((sample.outputs[name], array) for sample, array in pairs),
+        magnitudes=() if exact else errors_by_magnitude((sample.outputs[name], array) for sample, array in pairs),
     )
     if failures := _failures(result, compared, tolerance, exact=exact):
         return replace(result, reasons=tuple(failures), fix=_advise(pooled, terms.candidate))
@@ -237,12 +238,15 @@ def _advise(pooled: Sums, candidate: Candidate) -> str:
     if pooled.reference_nonfinite:
         return "prove on inputs for which the model itself is finite: give the inputs `values`, or a loader"
     if pooled.candidate_nonfinite and candidate.precision == "fp16":
-        return "fp16 ends at 65504: keep the layers that overflow in fp32 by a rule in `precision`, or choose bf16"
+        return (
+            "fp16 ends at 65504: `trtforge bisect` on the folder that was left names the layer that overflows and the "
+            "rule that keeps it in fp32; or choose bf16"
+        )
     if candidate.stage == "export" or candidate.precision == "fp32":
         return "it computes something else than the module: look for the first tensor that differs"
     return (
-        "keep the layers that lose most in fp32 by a rule in `precision`, choose a more exact precision, or, where "
-        "this error is acceptable, say so in `validation: {tolerance: …}`"
+        "`trtforge bisect` on the folder that was left names the layer to blame and the rule that keeps it in fp32; or "
+        "choose a more exact precision, or, where this error is acceptable, say so in `validation: {tolerance: …}`"
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ import jinja2
 import markupsafe
 
 from trtforge.runtime.errors import ArtifactError
-from trtforge.validation.parity import OutputResult, ParityReport, Stage, Verdict
+from trtforge.validation import charts
+from trtforge.validation.parity import Stage, Verdict
 from trtforge.validation.report import ReportData
 from trtforge.validation.tolerance import SAMPLE_LEEWAY_DB, Tolerance
 
-__all__ = ["render_page", "write_page"]
+__all__ = ["render_page", "summarize", "template", "write_page"]
 
 _STAGES: Mapping[Stage, tuple[str, str]] = {
     "export": ("Export", "reference.onnx on onnxruntime"),
@@ -32,42 +32,42 @@ _VERDICTS: Mapping[Verdict, tuple[str, str]] = {
 _DECIBEL_TOP = 140.0
 """Right end of the SQNR bars: float32's own rounding."""
 _SHOWN_SAMPLES = 200
-_SHOWN_POWERS = 40
-
-
-@dataclass(frozen=True, slots=True)
-class _Bar:
-    """One column of a histogram, in percent of its box; `beyond` the greatest error that is asked."""
-
-    left: float
-    width: float
-    height: float
-    label: str
-    beyond: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Histogram:
-    bars: tuple[_Bar, ...]
-    low: str
-    high: str
-    limit: float | None
+_SHOWN_RANGES = 48
+_SHOWN_LAYERS = 400
+_SHOWN_EXCEPTIONS = 60
 
 
 def render_page(data: ReportData) -> str:
     """The page as text. Equal data give equal pages."""
     symbol, headline = _VERDICTS[data.proof.verdict]
-    return _template().render(
+    return template("report.html.j2").render(
         data=data,
         facts=_Facts(data.facts),
         proof=data.proof,
         symbol=symbol,
         headline=headline,
-        summary=_summary(data),
+        summary=summarize(data),
         stages=_STAGES,
         verdicts=_VERDICTS,
-        histogram=_histogram,
+        tiles=_tiles(data),
+        parts=_parts(data),
+        asked_db=_asked_db(data),
+        worst_layers=sorted(data.facts.get("layers") or (), key=lambda layer: float(layer["sqnr_db"])),
+        ranges=[
+            _Facts(entry)
+            for entry in sorted(data.facts.get("ranges") or (), key=lambda e: float(e.get("sqnr_db", math.inf)))
+        ],
+        search=_search(data),
+        fused_nodes=sum(len(layer["nodes"]) for layer in data.facts.get("engine_layers") or ()),
+        error_histogram=charts.error_histogram,
+        error_scatter=charts.error_scatter,
+        layer_curve=charts.layer_curve,
+        range_histogram=charts.range_histogram,
+        pareto=charts.pareto,
         shown_samples=_SHOWN_SAMPLES,
+        shown_ranges=_SHOWN_RANGES,
+        shown_layers=_SHOWN_LAYERS,
+        shown_exceptions=_SHOWN_EXCEPTIONS,
         leeway=SAMPLE_LEEWAY_DB,
     )
 
@@ -81,7 +81,8 @@ def write_page(data: ReportData, path: Path) -> None:
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A template of this package, with the filters that pages share."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -99,7 +100,7 @@ def _template() -> jinja2.Template:
         "asked": _asked,
         "code": _code,
     }
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 class _Facts(dict[str, Any]):
@@ -109,7 +110,8 @@ class _Facts(dict[str, Any]):
         return None
 
 
-def _summary(data: ReportData) -> str:
+def summarize(data: ReportData) -> str:
+    """The verdict in one sentence, with the figures that decide it."""
     deciding = data.proof.deciding
     if not deciding:
         return "Nothing was compared."
@@ -134,6 +136,58 @@ def _summary(data: ReportData) -> str:
         asked = f", {limit:g} dB asked" if limit is not None else ""
         text += f"; least SQNR {_decibel(worst)}{asked}"
     return text + "."
+
+
+def _search(data: ReportData) -> Mapping[str, Any]:
+    search = _Facts(data.facts.get("search") or {})
+    return _Facts({**search, "candidates": [_Facts(candidate) for candidate in search["candidates"] or ()]})
+
+
+def _tiles(data: ReportData) -> list[tuple[str, str]]:
+    """The figures that one looks for first: each with what it is."""
+    tiles = []
+    deciding = data.proof.deciding
+    measured = (
+        [o.pooled for o in deciding[-1].outputs if o.pooled is not None and "float" in o.dtype] if deciding else []
+    )
+    if measured:
+        tiles.append((_decibel(min(m.sqnr_db for m in measured)), "least SQNR of an output"))
+        tiles.append((_number(max(m.max_abs_over_std for m in measured)), "greatest error, in std"))
+        tiles.append((str(len(deciding[-1].samples)), "samples compared"))
+    engine = data.facts.get("engine") or {}
+    if "size" in engine:
+        tiles.append(
+            (_size(engine["size"]), f"engine, {engine.get('backend', '')} {engine.get('version', '')}".strip())
+        )
+    nodes = sum(exception.nodes for exception in data.exceptions)
+    if nodes:
+        tiles.append((str(nodes), f"nodes kept out of {data.facts.get('precision', 'the default')}"))
+    if ranges := data.facts.get("ranges"):
+        tiles.append((str(len(ranges)), "tensors calibrated"))
+    return tiles
+
+
+def _parts(data: ReportData) -> list[tuple[str, str]]:
+    """The page's sections by anchor."""
+    facts = data.facts
+    search = facts.get("search") or {}
+    present = {
+        "outputs": ("Outputs", data.proof.reports),
+        "layers": ("Layers", facts.get("layers")),
+        "search": ("Search", search.get("candidates")),
+        "calibration": ("Calibration", facts.get("ranges")),
+        "engine": ("Engine", facts.get("engine_layers")),
+        "shapes": ("Shapes", True),
+        "plan": ("Precision plan", True),
+        "versions": ("Versions and hashes", True),
+        "reproduce": ("Reproduce", facts.get("command") or data.commands),
+    }
+    return [(anchor, title) for anchor, (title, there) in present.items() if there]
+
+
+def _asked_db(data: ReportData) -> float | None:
+    deciding = data.proof.deciding
+    return deciding[-1].tolerance.sqnr_db if deciding else None
 
 
 def _count(number: int, noun: str) -> str:
@@ -199,39 +253,3 @@ def _plain(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(_plain(item) for item in value)
     return str(value)
-
-
-def _histogram(output: OutputResult, report: ParityReport) -> _Histogram | None:
-    """Errors in powers of two of the output's standard deviation."""
-    pooled = output.pooled
-    if pooled is None or pooled.std == 0 or len(output.exponents) < 2:
-        return None
-    first, last = output.exponents[0][0], output.exponents[-1][0]
-    first = max(first, last - _SHOWN_POWERS)
-    width = 100 / (last - first + 1)
-    # A root, since one value in a million that is wrong has to be seen beside the hill of rounding.
-    top = max(count for _, count in output.exponents) ** 0.25
-    shift = math.log2(pooled.std)
-    limit = report.tolerance.max_abs_over_std
-    bars = tuple(
-        _Bar(
-            left=round((exponent - first) * width, 3),
-            width=round(width * 0.92, 3),
-            height=round(96 * count**0.25 / top, 3),
-            label=f"{count} values, 2^{exponent - 1 - shift:.1f} to 2^{exponent - shift:.1f} standard deviations",
-            beyond=limit is not None and 2.0 ** (exponent - 1) > limit * pooled.std,
-        )
-        for exponent, count in output.exponents
-        if exponent >= first
-    )
-    place = None if limit is None else (math.log2(limit) + shift - (first - 1)) * width
-    return _Histogram(
-        bars,
-        low=_power(first - 1 - shift),
-        high=_power(last - shift),
-        limit=round(place, 3) if place is not None and 0 <= place <= 100 else None,
-    )
-
-
-def _power(exponent: float) -> str:
-    return f"{2.0**exponent:.1e}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from trtforge.runtime.errors import ArtifactError, ParityError
+from trtforge.validation.histogram import Magnitude
 from trtforge.validation.metrics import Measures
 from trtforge.validation.tolerance import Tolerance
 
@@ -72,6 +73,7 @@ class OutputResult:
         samples: Each sample's figures.
         fix: What to do about it, as an instruction; "" where it passed.
         exponents: `count_exponents` of a floating output, for a histogram of its errors.
+        magnitudes: `errors_by_magnitude` of a floating output; () in reports older than it.
     """
 
     name: str
@@ -83,6 +85,7 @@ class OutputResult:
     samples: tuple[SampleResult, ...] = ()
     fix: str = ""
     exponents: tuple[tuple[int, int], ...] = ()
+    magnitudes: tuple[Magnitude, ...] = ()
 
     @property
     def worst(self) -> SampleResult | None:
@@ -229,6 +232,7 @@ def _output_to_json(output: OutputResult) -> dict[str, Any]:
         ],
         "fix": output.fix,
         "exponents": [list(pair) for pair in output.exponents],
+        "magnitudes": [magnitude.to_json() for magnitude in output.magnitudes],
     }
 
 
@@ -246,4 +250,7 @@ def _output_from_json(data: Mapping[str, Any]) -> OutputResult:
         ),
         fix=data["fix"],
         exponents=tuple((exponent, count) for exponent, count in data["exponents"]),
+        magnitudes=tuple(
+            Magnitude(int(e), int(n), float(rms), float(top)) for e, n, rms, top in data.get("magnitudes", ())
+        ),
     )

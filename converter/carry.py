@@ -1,0 +1,53 @@
+"""A plan carried out on a reference graph, in memory: the same casts and Q/DQ that a conversion writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from trtforge.calibration.cache import load_ranges
+from trtforge.calibration.ranges import Ranges
+from trtforge.converter.casts import apply_plan
+from trtforge.converter.quantize import CALIBRATION, Quantization, make_placement, quantize_graph
+from trtforge.converter.types import check_types
+from trtforge.runtime.graph import OnnxModel, load_graph
+from trtforge.runtime.precision import Precision, PrecisionPlan
+
+__all__ = ["Carried", "carry_out"]
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """The graph with the plan carried out, and every precision that a node of it runs in."""
+
+    model: ir.Model
+    used: frozenset[Precision]
+
+
+def carry_out(reference: OnnxModel, plan: PrecisionPlan, folder: Path) -> Carried:
+    """The graph that a conversion under `plan` would write.
+
+    Args:
+        reference: The float graph; not changed.
+        plan: The plan, with the rules of the overflow guard where they are wanted.
+        folder: Holds `calibration.json` where the plan quantizes.
+
+    Raises:
+        ConfigError: a rule that matches nothing, or nothing can be quantized.
+        ArtifactError: the ranges cannot be read.
+        CalibrationError: a tensor without a range.
+    """
+    graph = load_graph(reference.path)
+    quantization = None
+    if plan.quantizes:
+        placement = make_placement(reference, plan)
+        ranges = Ranges({}) if placement.existing else load_ranges(folder / CALIBRATION)
+        quantization = Quantization(placement, ranges)
+    decisions = apply_plan(graph, plan, graph=reference.hash)
+    used: set[Precision] = {decision.precision for decision in decisions} or {"fp32"}
+    if quantization is not None:
+        used |= quantize_graph(graph, quantization)
+    check_types(graph, strict=False)
+    return Carried(graph, frozenset(used))
