@@ -111,6 +111,24 @@ def bisect(
 
 
 @app.command()
+def audit(
+    path: ArtifactPath,
+    faults: Annotated[int, typer.Option(min=1, help="Faults that exceed the budget on the held-out set.")] = 300,
+    rewrites: Annotated[int, typer.Option(min=0, help="Harmless rewrites.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Decides every fault, rewrite and held-out input.")] = 0,
+    loader: Annotated[str | None, typer.Option(help="package.module:function: more held-out batches.")] = None,
+    kwargs: Annotated[str | None, typer.Option(help="Its keyword arguments, as a JSON object.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Plant faults and harmless rewrites in an artifact's ONNX, and count what its own proof lets through."""
+    from trtforge.converter.audit_command import audit as run
+
+    raise typer.Exit(
+        run(path, faults=faults, rewrites=rewrites, seed=seed, loader=loader, kwargs=kwargs, as_json=as_json)
+    )
+
+
+@app.command()
 def calibrate(
     file: Annotated[Path, typer.Argument(help="A YAML file of models.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file of ranges (with --shard: the part).")],

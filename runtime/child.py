@@ -37,6 +37,7 @@ TASKS: dict[str, str] = {
     "trt.run": "trtforge.runtime.trt.execute:run_task",
     "trt.inspect": "trtforge.runtime.trt.execute:inspect_task",
     "onnx.run": "trtforge.runtime.onnx_runner:run_task",
+    "onnx.run_many": "trtforge.runtime.onnx_batch:run_many_task",
 }
 """What a child can do: `module:function`, called as `function(args, emit) -> JSON-able dict`."""
 

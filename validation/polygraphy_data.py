@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtforge.runtime.errors import ArtifactError, MissingDependencyError
+from trtforge.runtime.inputs import numpy_dtype
 from trtforge.runtime.runner import Array, Tensors
+from trtforge.runtime.specs import TensorSpec
 from trtforge.validation.golden import GoldenSet
 from trtforge.validation.parity import ParityReport
 
@@ -25,8 +27,10 @@ __all__ = [
     "CANDIDATE_FILE",
     "INPUTS_FILE",
     "REFERENCE_FILE",
+    "default_inputs",
     "export_polygraphy",
     "load_run_results",
+    "passes_by_default",
     "polygraphy_command",
 ]
 
@@ -77,6 +81,46 @@ def export_polygraphy(
     except OSError as error:
         raise ArtifactError(f"cannot write into {folder}: {error.strerror or error}") from error
     return tuple(folder / name for name in texts)
+
+
+def passes_by_default(reference: Sequence[Tensors], candidate: Sequence[Tensors]) -> bool:
+    """Whether Polygraphy's default comparison (`SimpleCompareFunc()`: elementwise, atol and rtol 1e-5) accepts.
+
+    Args:
+        reference: Outputs by name, one mapping an iteration.
+        candidate: The same of what is compared.
+
+    Raises:
+        MissingDependencyError: Polygraphy is not installed.
+    """
+    comparator = _import("polygraphy.comparator")
+    logger = _import("polygraphy.logger")
+    results = _run_results(comparator, "reference", reference)
+    results.add([_plain(sample) for sample in candidate], runner_name="candidate")
+    # Its statistics of NaN and Inf warn.
+    with logger.G_LOGGER.verbosity(logger.G_LOGGER.CRITICAL), np.errstate(all="ignore"):
+        # Fail fast: the same verdict, and its report of every iteration costs a hundred times the comparison.
+        found = comparator.Comparator.compare_accuracy(
+            results, fail_fast=True, compare_func=comparator.SimpleCompareFunc()
+        )
+    return bool(found)
+
+
+def default_inputs(inputs: Sequence[TensorSpec]) -> dict[str, Array]:
+    """What Polygraphy feeds a model by default: one iteration, values from 0 to 1, dynamic dimensions of size 1.
+
+    Raises:
+        MissingDependencyError: Polygraphy is not installed.
+    """
+    comparator, common = _import("polygraphy.comparator"), _import("polygraphy.common")
+    logger = _import("polygraphy.logger")
+    metadata = common.TensorMetadata()
+    for spec in inputs:
+        kind = np.float32 if spec.dtype == "bfloat16" else np.dtype(spec.dtype)
+        metadata.add(spec.name, kind, tuple(-1 if isinstance(dim, str) else dim for dim in spec.shape))
+    with logger.G_LOGGER.verbosity(logger.G_LOGGER.CRITICAL):
+        made = comparator.DataLoader(input_metadata=metadata)[0]
+    return {spec.name: np.asarray(made[spec.name]).astype(numpy_dtype(spec.dtype)) for spec in inputs}
 
 
 def load_run_results(path: Path) -> dict[str, list[dict[str, Array]]]:
