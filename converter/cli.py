@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -44,12 +46,18 @@ def convert(
     file: Annotated[Path, typer.Argument(help="A YAML file of models.")],
     only: Annotated[str | None, typer.Option(help="Convert this model of the file alone.")] = None,
     output: Output = Path("artifacts"),
+    jobs: Annotated[int, typer.Option(min=1, help="Convert this many models at once, each in its own process.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Convert unchanged models too.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert every model of FILE to an artifact in the output folder: export, cast, prove, build, prove, package."""
+    """Convert every model of FILE to an artifact in the output folder: export, cast, prove, build, prove, package.
+
+    A model whose artifact is whole is left as it is where its entry, its files, its code and the installed versions are
+    unchanged.
+    """
     from trtforge.converter import commands
 
-    raise typer.Exit(commands.convert(file, only=only, output=output, as_json=as_json))
+    raise typer.Exit(commands.convert(file, only=only, output=output, jobs=jobs, force=force, as_json=as_json))
 
 
 @app.command()
@@ -166,18 +174,30 @@ def calibrate(
 
 def main() -> None:
     """The console script: maps errors to exit codes; a traceback is shown for a bug only."""
+    _in_utf8()
+    from trtforge.converter.stopping import Stopped, stops_cleanly
     from trtforge.runtime.errors import TrtForgeError
 
     try:
-        app()
+        with stops_cleanly():
+            app()
     except TrtForgeError as error:
         from trtforge.converter.terminal import print_error
 
         print_error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was published", err=True)
-        sys.exit(130)
+    except Stopped as stopped:
+        typer.echo(f"stopped by {stopped}; what was not finished left nothing", err=True)
+        sys.exit(stopped.exit_code)
+
+
+def _in_utf8() -> None:
+    """Starts again in UTF-8 mode under a locale that is not UTF-8: native libraries take paths in UTF-8 alone."""
+    if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
 
 
 if __name__ == "__main__":

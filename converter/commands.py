@@ -7,26 +7,51 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trtforge.converter.batch import Outcome, convert_all, select_models, worst_exit_code
-from trtforge.converter.terminal import ProgressView, print_error, print_json, print_table, print_text
+from trtforge.converter.batch import Outcome, convert_changed, select_models, worst_exit_code
+from trtforge.converter.batch_link import open_link
+from trtforge.converter.progress import Event
+from trtforge.converter.terminal import (
+    ProgressView,
+    only_results_on_stdout,
+    print_error,
+    print_json,
+    print_table,
+    print_text,
+)
 from trtforge.runtime.errors import ConfigError, TrtForgeError
 
 __all__ = ["bisect", "calibrate", "convert", "inspect", "report", "validate"]
 
 
-def convert(file: Path, *, only: str | None, output: Path, as_json: bool) -> int:
-    """Converts the models of `file`; the exit code is the worst of theirs."""
+def convert(file: Path, *, only: str | None, output: Path, jobs: int, force: bool, as_json: bool) -> int:
+    """Converts the models of `file` that changed; the exit code is the worst of theirs."""
+    link = open_link()
     configs = select_models(file, only)
-    with ProgressView() as view:
+    with only_results_on_stdout(), ProgressView() as view:
 
-        def name_lines(name: str) -> None:
-            view.name = name
+        def show(name: str, event: Event) -> None:
+            if link is not None:
+                link.show(event)
+            else:
+                view.show(event, name)
 
         def tell(outcome: Outcome) -> None:
             if isinstance(outcome.error, TrtForgeError):
                 print_error(outcome.error, subject=outcome.name)
+            elif outcome.failure is not None and outcome.error is None and outcome.failure.type == "ChildCrashError":
+                view.say(f"error in {outcome.name} [{outcome.failure.stage}]: {outcome.failure.message}")
 
-        outcomes = convert_all(configs, output, on_event=view.show, on_start=name_lines, on_outcome=tell)
+        outcomes = convert_changed(
+            file,
+            configs,
+            output,
+            jobs=jobs,
+            force=force,
+            on_event=show,
+            on_text=lambda text: view.say(text.rstrip("\n")),
+            on_note=view.say,
+            on_outcome=tell,
+        )
     if len(outcomes) > 1:
         from trtforge.converter.report_files import update_index
 
@@ -140,7 +165,7 @@ def _row(outcome: Outcome) -> list[str]:
     seconds = f"{sum(outcome.seconds.values()):.1f}"
     facts = outcome.facts
     if not facts:
-        stage = getattr(outcome.error, "stage", "") or "bug"
+        stage = (outcome.failure and outcome.failure.stage) or ("bug" if outcome.exit_code == 1 else "process")
         return [outcome.name, f"failed ({stage})", "-", "-", "-", "-", "-", "-", seconds]
     measured: Mapping[str, Any] = facts.get("measured", {})
     size = sum(entry["size"] for name, entry in facts["files"].items() if name.startswith("model.engine"))

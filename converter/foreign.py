@@ -22,7 +22,7 @@ from trtforge.runtime.graph import OnnxModel, dtype_name, save_graph
 from trtforge.runtime.specs import DTYPES, InputSpec, Profile
 from trtforge.runtime.suggest import nearest
 
-__all__ = ["Imported", "import_onnx"]
+__all__ = ["Imported", "external_files", "import_onnx"]
 
 _LEAST_OPSET = 13
 """Explicit quantization per channel and axes as inputs begin here; older graphs are always converted."""
@@ -129,6 +129,18 @@ def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
                 why="the file is incomplete or belongs to another model",
                 fix="copy it again",
             )
+
+
+def external_files(proto: onnx.ModelProto, path: Path) -> list[Path]:
+    """The files beside `path` in which the model keeps weights."""
+    locations = {
+        entry.value
+        for tensor in _tensors(proto.graph)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return [path.parent / location for location in sorted(locations)]
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import shlex
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from trtforge.converter.artifact import ENGINE, PLAN, Artifact, input_facts
 from trtforge.converter.config import ConversionConfig
 from trtforge.converter.manifest import Status, write_manifest
+from trtforge.converter.recipe import Recipe, versions
 from trtforge.converter.sources import LoadedModel
 from trtforge.runtime.errors import ParityError
 from trtforge.runtime.graph import OnnxModel
@@ -31,19 +31,7 @@ if TYPE_CHECKING:
     from trtforge.validation.proof import Proof
     from trtforge.validation.tolerance import Tolerance
 
-__all__ = ["Package", "device_entry", "measured_facts", "publish_package", "publish_proved", "versions"]
-
-_DISTRIBUTIONS = (
-    "trtforge",
-    "torch",
-    "torchvision",
-    "onnx",
-    "onnx-ir",
-    "onnxscript",
-    "onnxruntime",
-    "numpy",
-    "polygraphy",
-)
+__all__ = ["Package", "device_entry", "measured_facts", "publish_package", "publish_proved"]
 
 
 @dataclass(slots=True)
@@ -63,6 +51,7 @@ class Package:
         quantization: What was quantized, and in which ranges; None where nothing was.
         engine: None where none was built.
         reports: The comparisons, in order.
+        recipe: What it is made from; None for a model from Python.
     """
 
     config: ConversionConfig
@@ -77,6 +66,7 @@ class Package:
     quantization: Quantization | None = None
     engine: BuiltEngine | None = None
     reports: list[ParityReport] = field(default_factory=list)
+    recipe: Recipe | None = None
 
     @property
     def proof(self) -> Proof:
@@ -209,6 +199,7 @@ def _facts(package: Package) -> dict[str, Any]:
         "tolerance": package.tolerance.to_json() if package.tolerance else None,
         "measured": measured_facts(package.proof),
         "versions": versions(),
+        "recipe": package.recipe and package.recipe.to_json(),
         "command": reproduce_command(config),
     }
 
@@ -235,17 +226,6 @@ def measured_facts(proof: Proof) -> dict[str, Any]:
     if notes := proof.all_notes:
         facts["notes"] = list(notes)
     return facts
-
-
-def versions() -> dict[str, str]:
-    """Of what could change the result, where it is installed."""
-    found = {}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def reproduce_command(config: ConversionConfig) -> str:

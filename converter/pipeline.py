@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +12,13 @@ from trtforge.converter.config import Calibration, ConversionConfig
 from trtforge.converter.data import read_data
 from trtforge.converter.package import Package, publish_package
 from trtforge.converter.progress import Stages
+from trtforge.converter.recipe import Recipe
 from trtforge.converter.reference import make_reference
 from trtforge.converter.sources import LoadedModel, load_source
 from trtforge.runtime.errors import BuildError, ConfigError, ParityError
 from trtforge.runtime.graph import OnnxModel
 from trtforge.runtime.precision import Precision, PrecisionPlan, Rule
-from trtforge.runtime.publish import staging_folder
+from trtforge.runtime.publish import check_replaceable, discard_folder, staging_folder
 from trtforge.runtime.specs import InputSpec, Profile, resolve_shape
 
 if TYPE_CHECKING:
@@ -45,11 +45,18 @@ def convert_config(config: ConversionConfig, target: Path, stages: Stages) -> Ar
     """Loads the configuration's source and runs the pipeline."""
     with stages.stage("load"):
         loaded = load_source(config)
-    return run_pipeline(config, loaded, target, stages)
+        recipe = Recipe.record(config)
+    return run_pipeline(config, loaded, target, stages, recipe=recipe)
 
 
 def run_pipeline(
-    config: ConversionConfig, loaded: LoadedModel, target: Path, stages: Stages, live: LiveData | None = None
+    config: ConversionConfig,
+    loaded: LoadedModel,
+    target: Path,
+    stages: Stages,
+    live: LiveData | None = None,
+    *,
+    recipe: Recipe | None = None,
 ) -> Artifact:
     """Converts a loaded model and publishes its artifact at `target`.
 
@@ -61,11 +68,13 @@ def run_pipeline(
         target: The artifact's folder.
         stages: Receives progress; its `seconds` are filled.
         live: Data from Python.
+        recipe: What the model was made from, for `find_unchanged`; None for one from Python.
 
     Raises:
         TrtForgeError: as each stage raises.
     """
     _check_tf32(config.plan)
+    check_replaceable(target)  # rather now than after an hour's work
     backend = find_buildable(config, stages)
     with staging_folder(target.parent) as staging:
         folder, work = staging / "artifact", staging / "work"
@@ -80,10 +89,12 @@ def run_pipeline(
                 raise
             failure, package = error, run.package
         with stages.stage("package"):
-            place = target.with_name(target.name + FAILED_SUFFIX) if failure else target
+            package.recipe = recipe
+            failed_place = target.with_name(target.name + FAILED_SUFFIX)
+            place = failed_place if failure else target
             artifact = publish_package(package, folder, place, failed=failure)
             if failure is None:
-                shutil.rmtree(target.with_name(target.name + FAILED_SUFFIX), ignore_errors=True)
+                discard_folder(failed_place, staging)
     if failure is not None:
         failure.fix = "; ".join(
             part for part in (failure.fix, f"everything needed to find out why is in {place}") if part

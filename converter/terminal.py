@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,22 +20,22 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from typing_extensions import Self
 
-__all__ = ["ProgressView", "print_error", "print_json", "print_table", "print_text"]
+__all__ = ["ProgressView", "only_results_on_stdout", "print_error", "print_json", "print_table", "print_text"]
 
 _OURS = Path(__file__).resolve().parents[1]
 
 
 class ProgressView:
-    """Shows events of one conversion after another; use as a context manager, and pass `show` as `on_event`.
+    """Shows events of conversions, one after another or several at once; use as a context manager.
 
-    On a terminal it is a bar a stage; elsewhere one plain line when a stage ends.
+    On a terminal it is a bar a model; elsewhere one plain line when a stage ends.
     """
 
     def __init__(self) -> None:
         self.name = ""
-        """Put before every line: the model in work."""
+        """Put before every line where an event comes without a name: the model in work."""
         self._bars: Progress | None = None
-        self._task: TaskID | None = None
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
@@ -48,6 +50,7 @@ class ProgressView:
                 TimeElapsedColumn(),
                 console=Console(stderr=True),
                 transient=True,
+                redirect_stdout=False,
             )
             self._bars.start()
         return self
@@ -56,27 +59,44 @@ class ProgressView:
         if self._bars is not None:
             self._bars.stop()
 
-    def show(self, event: Event) -> None:
-        """Takes one event."""
-        line = f"{self.name}: {event.stage}" if self.name else event.stage
+    def show(self, event: Event, name: str | None = None) -> None:
+        """Takes one event, of the model `name`."""
+        name = self.name if name is None else name
+        line = f"{name}: {event.stage}" if name else event.stage
         if event.kind == "note":
-            self._print(f"{line}: note: {event.text}")
+            self.say(f"{line}: note: {event.text}")
         elif event.kind == "end":
-            if self._bars is not None and self._task is not None:
-                self._bars.remove_task(self._task)
-                self._task = None
-            self._print(f"{line}: {event.text + ', ' if event.text else ''}{event.seconds:.2f} s")
+            if self._bars is not None and name in self._tasks:
+                self._bars.remove_task(self._tasks.pop(name))
+            self.say(f"{line}: {event.text + ', ' if event.text else ''}{event.seconds:.2f} s")
         elif self._bars is not None:
-            if event.kind == "start" or self._task is None:
-                self._task = self._bars.add_task(line, total=None, text=event.text)
+            if event.kind == "start" and name in self._tasks:  # the stage before it failed
+                self._bars.remove_task(self._tasks.pop(name))
+            if name not in self._tasks:
+                self._tasks[name] = self._bars.add_task(line, total=None, text=event.text)
             else:
-                self._bars.update(self._task, total=event.total or None, completed=event.done, text=event.text)
+                self._bars.update(self._tasks[name], total=event.total or None, completed=event.done, text=event.text)
 
-    def _print(self, line: str) -> None:
+    def say(self, text: str) -> None:
+        """Writes lines above the bars."""
         if self._bars is not None:
-            self._bars.console.print(line, markup=False, highlight=False)
+            self._bars.console.print(text, markup=False, highlight=False)
         else:
-            print(line, file=sys.stderr, flush=True)  # noqa: T201  # this file is where printing is done
+            print(text, file=sys.stderr, flush=True)  # noqa: T201  # this file is where printing is done
+
+
+@contextlib.contextmanager
+def only_results_on_stdout() -> Iterator[None]:
+    """What the user's code and native libraries print goes to stderr: stdout is for results, which programs read."""
+    sys.stdout.flush()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        with contextlib.suppress(OSError):  # a closed stdout
+            kept = os.dup(1)
+            stack.callback(os.close, kept)
+            os.dup2(2, 1)
+            stack.callback(os.dup2, kept, 1)
+        yield
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -26,7 +26,7 @@ from typing import Any, TextIO
 
 from trtforge.runtime import errors
 
-__all__ = ["TASKS", "ChildCrashError", "Emit", "OnEvent", "run_child"]
+__all__ = ["TASKS", "ChildCrashError", "Emit", "OnEvent", "child_environment", "module_command", "run_child"]
 
 Emit = Callable[..., None]
 """Called in the child as `emit("progress", phase="…", done=3, total=9)`; reaches the parent's `on_event` as a dict."""
@@ -43,11 +43,10 @@ TASKS: dict[str, str] = {
 
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 1.0
-# The user's folder may hold a `typing.py`: it must not come first on the path, which -P says from Python 3.11 on.
-_ENTRY = (
-    ("-P", "-m", "trtforge.runtime.child")
-    if sys.version_info >= (3, 11)
-    else ("-c", "import runpy, sys; del sys.path[0]; runpy.run_module('trtforge.runtime.child', run_name='__main__')")
+_MODULE = "trtforge.runtime.child"
+_RUN_MODULE = (
+    "import runpy, sys; del sys.path[0]; module = sys.argv.pop(1); "
+    "runpy.run_module(module, run_name='__main__', alter_sys=True)"
 )
 _PR_SET_PDEATHSIG = 1
 
@@ -64,6 +63,19 @@ class ChildCrashError(errors.TrtForgeError):
 class _Answer:
     result: dict[str, Any] | None = None
     error: dict[str, str] | None = None
+
+
+def module_command(module: str) -> list[str]:
+    """The command that runs a module with this Python as its console script would be run.
+
+    The user's folder may hold a `typing.py`: it must not come first on the path, which -P says from Python 3.11 on.
+    """
+    return [sys.executable, *(("-P", "-m") if sys.version_info >= (3, 11) else ("-c", _RUN_MODULE)), module]
+
+
+def child_environment() -> dict[str, str]:
+    """Variables that a child of ours needs beside those of this process."""
+    return {**_python_path(), "PYTHONUTF8": "1"}
 
 
 def run_child(
@@ -116,14 +128,14 @@ def _spawn(log: TextIO, env: Mapping[str, str] | None) -> tuple[subprocess.Popen
     read_fd, write_fd = os.pipe()
     try:
         process = subprocess.Popen(
-            [sys.executable, *_ENTRY, str(write_fd)],
+            [*module_command(_MODULE), str(write_fd)],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
             pass_fds=(write_fd,),
             start_new_session=True,
             bufsize=0,
-            env={**os.environ, **_python_path(), "PYTHONUTF8": "1", **(env or {})},
+            env={**os.environ, **child_environment(), **(env or {})},
         )
     except BaseException:
         os.close(read_fd)

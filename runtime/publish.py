@@ -11,19 +11,26 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from trtforge.runtime.errors import ArtifactError
 
-__all__ = ["hash_bytes", "hash_file", "publish_folder", "staging_folder", "sweep_stale"]
+__all__ = [
+    "check_replaceable",
+    "discard_folder",
+    "hash_bytes",
+    "hash_file",
+    "publish_folder",
+    "staging_folder",
+    "sweep_stale",
+]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _STAGING = ".trtforge-staging-"
 _OLD = ".trtforge-old-"
-_STALE_SECONDS = 24 * 3600
+_ATTEMPTS = 5
 
 
 def hash_bytes(data: bytes) -> str:
@@ -52,33 +59,53 @@ def staging_folder(parent: Path) -> Iterator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         sweep_stale(parent)
-        path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=parent))
+        # Shared with others that stage, against those that sweep: making and locking a folder are two steps.
+        with _locked(parent, fcntl.LOCK_SH):
+            path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=parent))
+            lock = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise ArtifactError(
             f"cannot write into {parent}: {error.strerror or error}",
             fix="free space or give permission there, or choose another --output",
         ) from error
-    lock = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield path
     finally:
+        _remove(path)
         os.close(lock)
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def sweep_stale(parent: Path) -> None:
-    """Deletes staging folders in `parent` whose owner is gone."""
-    for path in [*parent.glob(_STAGING + "*"), *parent.glob(_OLD + "*")]:
-        with contextlib.suppress(OSError):
-            lock = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # mkdtemp and flock are two steps: a folder younger than this may be about to be locked.
-                if time.time() - path.stat().st_mtime > 60:
-                    shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(lock)
+    """Deletes staging folders in `parent` whose owner is gone, and puts back an artifact that one had set aside."""
+    left = [*parent.glob(_STAGING + "*"), *parent.glob(_OLD + "*")]
+    if not left:
+        return
+    with contextlib.suppress(OSError), _locked(parent, fcntl.LOCK_EX | fcntl.LOCK_NB, needed=True):
+        for path in left:
+            with contextlib.suppress(OSError):
+                lock = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB, needed=True)
+                try:
+                    target = path.with_name(path.name.removeprefix(_OLD).rpartition("-")[0])
+                    if path.name.startswith(_OLD) and not target.exists():
+                        os.rename(path, target)
+                    else:
+                        _remove(path)
+                finally:
+                    os.close(lock)
+
+
+def check_replaceable(target: Path) -> None:
+    """Raises `ArtifactError` where `publish_folder` could not replace what stands at `target`."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ArtifactError(
+            f"{target} is a {'symbolic link' if target.is_symlink() else 'file'}, not an artifact's folder",
+            fix="remove it, or choose another --output",
+        )
+    # Moving a folder to another parent writes its "..", so that it has to be writable itself.
+    if target.exists() and not os.access(target, os.W_OK):
+        raise ArtifactError(
+            f"{target} is read-only, and is not replaced", fix=f"chmod -R u+w {target}, or choose another --output"
+        )
 
 
 def publish_folder(staged: Path, target: Path) -> None:
@@ -88,24 +115,17 @@ def publish_folder(staged: Path, target: Path) -> None:
     Every file is synced first, so that a power cut cannot publish an empty one.
 
     Raises:
-        ArtifactError: `target` is a file or a symbolic link, or cannot be written.
+        ArtifactError: `target` is a file, a symbolic link or read-only, or cannot be written.
     """
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise ArtifactError(
-            f"{target} is a {'symbolic link' if target.is_symlink() else 'file'}, not an artifact's folder",
-            fix="remove it, or choose another --output",
-        )
-    for path in sorted(staged.rglob("*")):
-        os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_umask())  # some writers make private files
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    os.chmod(staged, 0o777 & ~_umask())
+    check_replaceable(target)
     try:
-        if target.exists():
-            _replace(staged, target)
-        else:
-            os.rename(staged, target)
+        for path in sorted(staged.rglob("*")):
+            os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_umask())  # some writers make private files
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        os.chmod(staged, 0o777 & ~_umask())
+        _put(staged, target)
     except OSError as error:
         raise ArtifactError(
             f"cannot publish {target}: {error.strerror or error}",
@@ -119,18 +139,81 @@ def publish_folder(staged: Path, target: Path) -> None:
             os.close(folder)
 
 
+def discard_folder(path: Path, staging: Path) -> None:
+    """Moves the folder at `path` into `staging`, which is deleted, so that nobody sees half of it. It may stay."""
+    if path.is_dir() and not path.is_symlink():
+        with contextlib.suppress(OSError):
+            os.rename(path, staging / f"discarded-{path.name}")
+
+
+def _put(staged: Path, target: Path) -> None:
+    for attempt in range(_ATTEMPTS):
+        try:
+            if target.exists():
+                _replace(staged, target)
+            else:
+                os.rename(staged, target)
+            return
+        except OSError as error:
+            # Another process published or removed `target` between our look and our step.
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST) or attempt == _ATTEMPTS - 1:
+                raise
+            if not staged.exists():
+                raise
+
+
 def _replace(staged: Path, target: Path) -> None:
     if _exchange(staged, target):
-        shutil.rmtree(staged, ignore_errors=True)
+        _remove(staged)
         return
     aside = target.with_name(f"{_OLD}{target.name}-{os.getpid()}")
-    os.rename(target, aside)
+    with _locked(target.parent, fcntl.LOCK_EX):  # nobody sweeps `aside` meanwhile
+        os.rename(target, aside)
+        try:
+            os.rename(staged, target)
+        except OSError:
+            os.rename(aside, target)
+            raise
+        _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a tree as far as it can; folders in it may be read-only."""
+    for root, folders, _ in os.walk(path):
+        for name in (".", *folders):
+            inner = Path(root, name)
+            if not inner.is_symlink() and not os.access(inner, os.W_OK):
+                with contextlib.suppress(OSError):
+                    os.chmod(inner, 0o700)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, how: int, *, needed: bool = False) -> Iterator[None]:
+    lock = _lock(folder, how, needed=needed)
     try:
-        os.rename(staged, target)
-    except OSError:
-        os.rename(aside, target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: Path, how: int, *, needed: bool = False) -> int:
+    """A descriptor that holds the lock until it is closed.
+
+    NFS locks only what is open for writing, which a folder never is: what is not `needed` goes on without the lock
+    there, and nothing is swept.
+
+    Raises:
+        OSError: another holds it, and `how` says not to wait; or `needed`, and there are no locks here.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, how)
+    except OSError as error:
+        if needed or isinstance(error, BlockingIOError):
+            os.close(lock)
+            raise
+    return lock
 
 
 def _exchange(a: Path, b: Path) -> bool:
