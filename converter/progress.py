@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trtforge.runtime.errors import TrtForgeError
+from trtforge.runtime.faults import explain_os_error
 
 __all__ = ["Event", "OnEvent", "Stages", "ignore_events"]
 
@@ -43,7 +44,7 @@ def ignore_events(_: Event) -> None:
 
 @dataclass(slots=True)
 class Stages:
-    """Times stages and reports them; a `TrtForgeError` that leaves a stage knows its name."""
+    """Times stages and reports them; a `TrtForgeError` that leaves a stage knows its name. A full disk is one too."""
 
     on_event: OnEvent = ignore_events
     seconds: dict[str, float] = field(default_factory=dict)
@@ -60,6 +61,12 @@ class Stages:
         except TrtForgeError as error:
             error.stage = error.stage or name
             raise
+        except OSError as error:
+            explained = explain_os_error(error)
+            if explained is None:
+                raise
+            explained.stage = name
+            raise explained from error
         finally:
             spent = time.perf_counter() - start
             self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)

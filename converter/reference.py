@@ -88,9 +88,11 @@ def _translate(
 
 def _import(config: ConversionConfig, loaded: LoadedModel, folder: Path) -> Reference:
     from trtforge.converter.foreign import import_onnx
+    from trtforge.converter.trial import try_in_child
     from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
 
     assert loaded.onnx is not None
     opset = config.target.opset
     imported = import_onnx(loaded.onnx, profiles=config.profiles, inputs=config.inputs, opset=opset, folder=folder)
+    try_in_child(loaded.onnx, imported.specs, config.profiles, folder)
     return Reference(imported.model, imported.specs, OnnxRuntimeRunner(loaded.onnx, disable_quant_qdq=True))

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from trtforge.runtime import errors
+from trtforge.runtime.faults import explain_os_error
 
 __all__ = ["TASKS", "ChildCrashError", "Emit", "OnEvent", "child_environment", "module_command", "run_child"]
 
@@ -276,6 +277,10 @@ def _main(write_fd: int) -> int:
             while data:
                 data = data[os.write(write_fd, data) :]
 
+    def send_error(error: errors.TrtForgeError) -> None:
+        value = {"type": type(error).__name__, "what": error.what, "why": error.why, "fix": error.fix}
+        send({"event": "error", "value": value})
+
     def emit(kind: str, **fields: Any) -> None:
         send({"event": kind, **fields})
 
@@ -285,8 +290,12 @@ def _main(write_fd: int) -> int:
         task = getattr(importlib.import_module(module), function)
         send({"event": "result", "value": task(request["args"], emit)})
     except errors.TrtForgeError as error:
-        value = {"type": type(error).__name__, "what": error.what, "why": error.why, "fix": error.fix}
-        send({"event": "error", "value": value})
+        send_error(error)
+    except OSError as error:
+        explained = explain_os_error(error)
+        if explained is None:
+            raise
+        send_error(explained)
     return 0
 
 

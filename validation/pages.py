@@ -77,7 +77,10 @@ def write_page(data: ReportData, path: Path) -> None:
     try:
         path.write_text(render_page(data), encoding="utf-8", newline="\n")
     except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+        raise ArtifactError(
+            f"cannot write {path}: {error.strerror or error}",
+            fix="free space or give permission there, or choose another --output",
+        ) from error
 
 
 @functools.cache

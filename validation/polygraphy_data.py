@@ -79,7 +79,10 @@ def export_polygraphy(
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ArtifactError(f"cannot write into {folder}: {error.strerror or error}") from error
+        raise ArtifactError(
+            f"cannot write into {folder}: {error.strerror or error}",
+            fix="free space or give permission there, or choose another --output",
+        ) from error
     return tuple(folder / name for name in texts)
 
 

@@ -141,7 +141,10 @@ class ReportData:
         try:
             path.write_text(text, encoding="utf-8", newline="\n")
         except OSError as error:
-            raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+            raise ArtifactError(
+                f"cannot write {path}: {error.strerror or error}",
+                fix="free space or give permission there, or choose another --output",
+            ) from error
 
     @classmethod
     def load(cls, path: Path) -> ReportData:
