@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -105,6 +106,8 @@ def _load_program(path: Path) -> LoadedModel:
 
 def _check_file(path: Path, what: str) -> None:
     if path.is_file():
+        if not os.access(path, os.R_OK):
+            raise ConfigError(f"{what} {path} cannot be read: permission denied", fix=f"chmod u+r {path}")
         return
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     raise ConfigError(

@@ -55,7 +55,7 @@ def read_yaml(path: Path) -> YamlSource:
     except FileNotFoundError as error:
         raise ConfigError(f"there is no file {path}", fix="check the path") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+        raise ConfigError(f"cannot read {path}: {error}", fix="give a text file in UTF-8 that can be read") from error
     lines: dict[KeyPath, int] = {}
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
