@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trtforge.converter.progress import Stages
 from trtforge.runtime.child import ChildCrashError
-from trtforge.runtime.errors import ParityError
+from trtforge.runtime.errors import ArtifactError, ExportError, ParityError
 from trtforge.runtime.graph import OnnxModel, load_graph, save_graph
 from trtforge.runtime.inputs import numpy_dtype
 from trtforge.runtime.onnx_runner import run_onnx
@@ -63,6 +63,7 @@ def prove_onnx(
 
     Raises:
         ParityError: onnxruntime failed or crashed on the graph.
+        ArtifactError: the graph's file was removed meanwhile.
     """
     outputs = bench.work / f"{stage}.safetensors"
     run, note = model, ""
@@ -78,6 +79,10 @@ def prove_onnx(
         raise ParityError(
             f"onnxruntime crashed on the {stage} ONNX", why=error.what, fix="report this model's graph"
         ) from error
+    except ExportError as error:
+        if not run.path.exists():
+            raise ArtifactError(f"{run.path} is gone", fix="something removed it: run this again") from error
+        raise
     hashes = {"graph": model.hash, "file": hash_file(model.path)}
     candidate = Candidate(stage, facts["runner"], facts["version"], precision, hashes, note)
     return compare(bench.golden, load_outputs(outputs), tolerance, candidate, dtypes=_dtypes(model.outputs, bench))

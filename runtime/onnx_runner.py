@@ -13,7 +13,7 @@ import numpy as np
 
 from trtforge.runtime.attention_masks import broadcast_masks, may_hold_attention
 from trtforge.runtime.child import Emit, OnEvent, run_child
-from trtforge.runtime.errors import ArtifactError, ConfigError, ExportError, MissingDependencyError, ParityError
+from trtforge.runtime.errors import ConfigError, ExportError, MissingDependencyError, ParityError
 from trtforge.runtime.runner import Array, Tensors
 from trtforge.runtime.specs import TensorSpec
 from trtforge.runtime.suggest import nearest
@@ -53,7 +53,6 @@ class OnnxRuntimeRunner:
         MissingDependencyError: onnxruntime, or the CUDA provider that was asked for, is not installed.
         ExportError: onnxruntime refuses the model: it is invalid, or a kernel is missing (bfloat16 Conv, MatMul and
             Gemm on the CPU).
-        ArtifactError: the file is not there.
         ConfigError: `extra_outputs` names a tensor that the main graph lacks.
     """
 
@@ -103,8 +102,6 @@ class OnnxRuntimeRunner:
                 source, options, providers=_providers(ort, provider), disabled_optimizers=disabled
             )
         except _ort_errors(ort) as error:
-            if isinstance(model, Path) and not model.exists():
-                raise ArtifactError(f"{model}: it is gone", fix="something removed it: run this again") from error
             raise _load_error(model, error) from error
         self.provider: str = self._session.get_providers()[0]
         self._inputs = tuple(_spec(arg) for arg in self._session.get_inputs())
