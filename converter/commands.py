@@ -52,10 +52,13 @@ def convert(file: Path, *, only: str | None, output: Path, jobs: int, force: boo
             on_note=view.say,
             on_outcome=tell,
         )
-    if len(outcomes) > 1:
+    if len(outcomes) > 1 and any(outcome.status not in ("failed", "unchanged") for outcome in outcomes):
         from trtforge.converter.report_files import update_index
 
-        update_index(output)
+        try:
+            update_index(output)
+        except TrtForgeError as error:  # a page about artifacts decides nothing about them
+            print_error(error)
     if as_json:
         print_json({"models": {outcome.name: outcome.to_json() for outcome in outcomes}})
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,12 @@ def render_index(title: str, entries: Sequence[IndexEntry]) -> str:
 
 def write_index(title: str, entries: Sequence[IndexEntry], path: Path) -> None:
     """Writes the page. Raises `ArtifactError` where it cannot."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")  # two batches may end at once
     try:
-        path.write_text(render_index(title, entries), encoding="utf-8", newline="\n")
+        aside.write_text(render_index(title, entries), encoding="utf-8", newline="\n")
+        os.replace(aside, path)
     except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+        aside.unlink(missing_ok=True)
+        raise ArtifactError(
+            f"cannot write {path}: {error.strerror or error}", fix="free space or give permission there"
+        ) from error

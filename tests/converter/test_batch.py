@@ -49,7 +49,7 @@ def test_goes_on_after_a_failure_skips_what_is_unchanged_and_exits_with_the_wors
     assert "from Python" in done.stderr
     assert "from C" in done.stderr
     assert "loud-fp16: build: " in done.stderr
-    assert sorted(os.listdir(tmp_path / "artifacts")) == ["loud-fp16", "loud-fp32"]
+    assert sorted(os.listdir(tmp_path / "artifacts")) == ["index.html", "loud-fp16", "loud-fp32"]
     assert trtforge.open_artifact(tmp_path / "artifacts" / "loud-fp16").facts["precision"] == "fp16"
 
     again = run(tmp_path, "convert", "tiny.yaml", "--only", "loud", "--json")
@@ -137,7 +137,7 @@ def test_two_batches_into_one_folder_do_not_hurt_each_other(tmp_path: Path) -> N
         out, err = batch.communicate(timeout=120)
         assert batch.returncode == 0, err
         assert len(json.loads(out)["models"]) == 2
-    assert sorted(os.listdir(tmp_path / "artifacts")) == ["a", "b"]
+    assert sorted(os.listdir(tmp_path / "artifacts")) == ["a", "b", "index.html"]
     for name in "ab":
         assert trtforge.open_artifact(tmp_path / "artifacts" / name).name == name
 
