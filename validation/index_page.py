@@ -56,7 +56,7 @@ def write_index(title: str, entries: Sequence[IndexEntry], path: Path) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")  # two batches may end at once
     try:
         aside.write_text(render_index(title, entries), encoding="utf-8", newline="\n")
-        os.replace(aside, path)
+        aside.replace(path)
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise ArtifactError(
