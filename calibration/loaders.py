@@ -18,7 +18,7 @@ from trtforge.runtime.runner import Array
 from trtforge.runtime.specs import InputSpec, Profile
 from trtforge.runtime.suggest import nearest
 
-__all__ = ["read_batches"]
+__all__ = ["iterate_source", "read_batches"]
 
 
 def read_batches(
@@ -47,7 +47,7 @@ def read_batches(
             missing, has another dtype or shape, a shape outside every profile, or values that are NaN or infinite.
     """
     count = 0
-    for count, item in enumerate(_iterate(source), 1):
+    for count, item in enumerate(iterate_source(source), 1):
         yield _Batch(count - 1, specs, profiles).read(item)
         if count == limit:
             return
@@ -61,7 +61,8 @@ def read_batches(
         )
 
 
-def _iterate(source: object) -> Iterable[object]:
+def iterate_source(source: object) -> Iterable[object]:
+    """The batches of a source as they come; what a source may be says `read_batches`, which raises the same."""
     if isinstance(source, (str, bytes, Mapping)) or _is_array(source):
         raise ConfigError(
             f"{_describe(source)} is one batch or a name, not a source of batches",
@@ -75,7 +76,7 @@ def _iterate(source: object) -> Iterable[object]:
     if callable(source):
         made = cast("Callable[[], object]", source)()
         if not callable(made):
-            return _iterate(made)
+            return iterate_source(made)
     raise ConfigError(
         f"{_describe(source)} gives no batches",
         fix="give a DataLoader, a Dataset with __len__ and __getitem__, an iterable, or a function that returns one",

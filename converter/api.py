@@ -7,15 +7,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from trtforge.calibration.ranges import Method
 from trtforge.converter.artifact import Artifact, open_artifact
-from trtforge.converter.config import Calibration, ConversionConfig, Source, Target, Validation, parse_profiles
+from trtforge.converter.config import (
+    Accuracy,
+    Calibration,
+    ConversionConfig,
+    Search,
+    Source,
+    Target,
+    Validation,
+    asks_auto,
+    parse_accuracy,
+    parse_profiles,
+)
 from trtforge.converter.pipeline import LiveData, run_pipeline
 from trtforge.converter.progress import OnEvent, Stages, ignore_events
+from trtforge.converter.schema import AccuracySection, SearchSection
 from trtforge.converter.sources import LoadedModel, PythonExample, load_source, module_hash
 from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.precision import PrecisionPlan
 from trtforge.runtime.publish import hash_bytes
+from trtforge.runtime.suggest import nearest
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +45,8 @@ def convert(
     example_inputs: Any,
     output: str | Path,
     *,
-    precision: str | PrecisionPlan = "fp32",
+    precision: str | Mapping[str, Any] | PrecisionPlan = "fp32",
+    search: Mapping[str, Any] | None = None,
     overflow_guard: bool = True,
     dims: Dims | None = None,
     inputs: Mapping[str, Sequence[int | str | None]] | None = None,
@@ -39,6 +55,7 @@ def convert(
     calibration_method: Method = "auto",
     validation: object | None = None,
     tolerance: Mapping[str, float] | None = None,
+    accuracy: Mapping[str, Any] | None = None,
     backend: str = "auto",
     compute_capabilities: Sequence[str] = (),
     opset: int | None = None,
@@ -54,7 +71,9 @@ def convert(
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments, which may hold dicts,
             tuples, None and dataclasses; may be None for an exported program, and is for an ONNX file.
         output: The artifact's folder, replaced as a whole; its last part is the model's name.
-        precision: "fp32", "tf32", "fp16", "bf16", a plan, or the path of a plan's YAML file.
+        precision: "fp32", "tf32", "fp16", "bf16", "int8", "fp8", a plan, or the path of a plan's YAML file; "auto"
+            finds the fastest that keeps tolerances and budget. int8 and fp8 with a budget are mended until they do.
+        search: For these two: `{"candidates": ["fp16", "int8"], "evaluations": 25, "looks": 5}`.
         overflow_guard: Keep nodes that would overflow float16 on the samples in fp32; False leaves the plan as it is.
         dims: `{"batch": (min, opt, max)}`, or a list of such maps, one an optimization profile.
         inputs: The shape of each input with dimension names: `{"x": ("batch", 3, 224, 224)}`; None on an axis keeps the
@@ -64,6 +83,8 @@ def convert(
         calibration_method: "auto", "entropy", "percentile", "mse" or "max".
         validation: Real data to prove on, in the same forms, beside generated inputs.
         tolerance: Limits that replace the precision's defaults: sqnr_db, cosine, max_abs_over_std, atol, rtol.
+        accuracy: A budget of task accuracy: `{"metric": "top1", "data": loader, "max_drop": 0.005}`, the loader giving
+            (inputs, labels). `metric` may be a function of predictions and labels; the other keys are YAML's.
         backend: "auto", "tensorrt" or "tensorrt-rtx".
         compute_capabilities: Targets of an engine that is built ahead of time, as "8.9".
         opset: ONNX opset; by default the highest that the backend takes well.
@@ -79,9 +100,11 @@ def convert(
         ExportError: the model cannot be exported, or a dynamic dimension came out static.
         BuildError: TensorRT cannot build it.
         ParityError: it does not equal the model; nothing is published at `output`, see `output + ".failed"`.
+        AccuracyError: it does not keep the budget, or the samples are too few to show it; likewise.
     """
     target = Path(output)
     plan = _plan(precision) if overflow_guard else replace(_plan(precision), overflow_guard=False)
+    budget = parse_budget(accuracy)
     config = ConversionConfig(
         name=target.name,
         model=target.name,
@@ -89,14 +112,15 @@ def convert(
         profiles=parse_profiles(dims or {}),
         outputs=tuple(outputs),
         plan=plan,
+        search=parse_search(search, auto=asks_auto(precision)),
         calibration=None if calibration is None else Calibration(method=calibration_method),
-        validation=Validation(tolerance=dict(tolerance or {})),
+        validation=Validation(tolerance=dict(tolerance or {}), accuracy=budget),
         target=Target(backend, tuple(compute_capabilities), opset, optimization_level, workspace_mib),
     )
     stages = Stages(on_event)
     with stages.stage("load"):
         loaded = _load(model, example_inputs, dict(inputs or {}), config)
-    return run_pipeline(config, loaded, target, stages, LiveData(validation, calibration))
+    return run_pipeline(config, loaded, target, stages, LiveData(validation, calibration, (accuracy or {}).get("data")))
 
 
 def load(path: str | Path, *, allow_unvalidated: bool = False) -> Any:
@@ -108,9 +132,56 @@ def load(path: str | Path, *, allow_unvalidated: bool = False) -> Any:
     return open_artifact(path).load(allow_unvalidated=allow_unvalidated)
 
 
-def _plan(precision: str | PrecisionPlan) -> PrecisionPlan:
+def parse_budget(given: Mapping[str, Any] | None) -> Accuracy | None:
+    """The budget that `convert(accuracy=…)` asks for.
+
+    Raises:
+        ConfigError: a key or a value is wrong.
+    """
+    if given is None:
+        return None
+    functions = {key: given[key] for key in ("metric", "decode") if callable(given.get(key))}
+    texts = {key: value for key, value in given.items() if key != "data" and key not in functions}
+    if "metric" in functions:
+        texts["metric"] = "top1"  # a stand-in: the function takes its place below
+    for key in texts:
+        if key not in AccuracySection.model_fields or key in ("loader", "kwargs"):
+            known = [*sorted(set(AccuracySection.model_fields) - {"loader", "kwargs"}), "data"]
+            raise ConfigError(f"accuracy has no key {key!r}", fix=nearest(key, known))
+    try:
+        section = AccuracySection.model_validate(texts)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigError(f"accuracy: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    parsed = parse_accuracy(section)
+    assert parsed is not None
+    return replace(parsed, **functions)
+
+
+def parse_search(given: Mapping[str, Any] | None, *, auto: bool) -> Search:
+    """How `convert(search=…)` asks to search.
+
+    Raises:
+        ConfigError: a key or a value is wrong.
+    """
+    for key in given or {}:
+        if key not in SearchSection.model_fields:
+            raise ConfigError(f"search has no key {key!r}", fix=nearest(key, SearchSection.model_fields))
+    try:
+        return Search(auto, **SearchSection.model_validate(dict(given or {})).model_dump())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigError(f"search: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _plan(precision: str | Mapping[str, Any] | PrecisionPlan) -> PrecisionPlan:
     if isinstance(precision, PrecisionPlan):
         return precision
+    if asks_auto(precision):
+        rest = precision if isinstance(precision, Mapping) else {}
+        return PrecisionPlan.from_data({**rest, "default": "fp32"}, name="precision")
+    if not isinstance(precision, str):
+        return PrecisionPlan.from_data(precision, name="precision")
     if precision.endswith((".yaml", ".yml")):
         return PrecisionPlan.load(Path(precision))
     return PrecisionPlan.from_data(precision, name="precision")

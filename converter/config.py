@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,24 +16,38 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from trtforge.calibration.ranges import Method
-from trtforge.converter.schema import FileSection, InputSection, LoaderSection, ModelSection, SourceSection
+from trtforge.converter.schema import (
+    AccuracySection,
+    FileSection,
+    InputSection,
+    LoaderSection,
+    ModelSection,
+    SourceSection,
+)
 from trtforge.converter.yaml_source import KeyPath, YamlSource, read_yaml
 from trtforge.runtime.errors import ConfigError
-from trtforge.runtime.precision import PrecisionPlan
+from trtforge.runtime.precision import QUANTIZED, Precision, PrecisionPlan
 from trtforge.runtime.specs import DimRange, InputSpec, Profile, ValueRange
 from trtforge.runtime.suggest import nearest
 
 __all__ = [
+    "Accuracy",
     "Calibration",
     "ConversionConfig",
     "Loader",
+    "Search",
     "Source",
     "Target",
     "Validation",
+    "asks_auto",
     "check_dims",
+    "parse_accuracy",
     "parse_profiles",
     "read_config",
 ]
+
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +91,75 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
+class Accuracy:
+    """A budget of task accuracy over labelled data.
+
+    Attributes:
+        metric: "top1", "topK", "miou", "cosine", "wer", "cer", `package.module:function`, or the function itself.
+        max_drop: How much less than PyTorch the candidate may score.
+        min: How much it has to score; None: no matter.
+        loader: Labelled data; None: the validation's, or what Python gave.
+        batches: How many batches to read at most; None reads all.
+        output: The output that is scored; None: the only one (a function of the user's gets all of several).
+        labels: "loader", or "model": PyTorch's own answers, so that the score is agreement with them.
+        decode: From an output to one text, or sequence of integers, a sample, for wer and cer.
+        classes: For miou on outputs that are maps of classes already.
+    """
+
+    metric: str | Callable[[Any, Any], Any]
+    max_drop: float
+    min: float | None = None
+    loader: Loader | None = None
+    batches: int | None = None
+    output: str | None = None
+    labels: str = "loader"
+    decode: str | Callable[[Any], Any] | None = None
+    classes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Validation:
-    """Real data to prove on, and tolerances that replace the precision's defaults."""
+    """Real data to prove on, tolerances that replace the precision's defaults, and a budget of task accuracy."""
 
     loader: Loader | None = None
     batches: int = 4
     tolerance: Mapping[str, float] = field(default_factory=dict)
+    accuracy: Accuracy | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How a plan is searched for.
+
+    Attributes:
+        auto: The precision itself is to be found; else only a quantized plan with an accuracy budget is mended.
+        candidates: Precisions to try; empty: all floats, and the quantized ones where a GPU can time them.
+        evaluations: How many plans may be run for each candidate.
+        looks: How many of those may be judged by the budget; each makes all bounds wider.
+    """
+
+    auto: bool = False
+    candidates: tuple[Precision, ...] = ()
+    evaluations: int = 25
+    looks: int = 5
+
+    def wanted(self, plan: PrecisionPlan, *, budget: bool) -> bool:
+        """Whether there is anything to search for."""
+        return self.auto or (budget and plan.default in QUANTIZED)
+
+    def chosen(self, plan: PrecisionPlan, *, timed: bool, calibrated: bool) -> tuple[Precision, ...]:
+        """The candidates.
+
+        Args:
+            plan: As it was given.
+            timed: There is a GPU: without one nothing shows that int8 pays.
+            calibrated: There is calibration data.
+        """
+        if not self.auto:
+            return (plan.default,)
+        if self.candidates:
+            return self.candidates
+        return ("fp32", "bf16", "fp16", *(("fp8", "int8") if timed and calibrated else ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +174,7 @@ class ConversionConfig:
         inputs: Inputs by the forward's parameter names; may be empty where Python gives examples.
         outputs: The names that outputs shall have; empty: derived from the model.
         plan: The precision plan.
+        search: How it is searched for, where it is.
         calibration: None where nothing is quantized.
         validation: How it is proved.
         target: What it is built for.
@@ -110,6 +189,7 @@ class ConversionConfig:
     inputs: tuple[InputSpec, ...] = ()
     outputs: tuple[str, ...] = ()
     plan: PrecisionPlan = field(default_factory=PrecisionPlan)
+    search: Search = Search()
     calibration: Calibration | None = None
     validation: Validation = Validation()
     target: Target = Target()
@@ -280,8 +360,8 @@ def _resolve_all(section: FileSection, data: Mapping[str, Any], source: YamlSour
 
 
 def _label(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    return "".join(c if c.isalnum() or c in "._" else "_" for c in Path(text).stem).strip("_")[:40] or "value"
+    text = Path(value).stem if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return "".join(c if c.isalnum() or c in "._" else "_" for c in text).strip("_")[:40] or "value"
 
 
 def _set(data: dict[str, Any], axis: str, value: Any) -> None:
@@ -310,6 +390,7 @@ def _resolve(name: str, model_name: str, model: ModelSection, source: YamlSource
         inputs=inputs,
         outputs=tuple(model.outputs),
         plan=_plan(model.precision, folder, guard=model.overflow_guard),
+        search=Search(asks_auto(model.precision), **model.search.model_dump()),
         calibration=None
         if model.calibration is None
         else Calibration(
@@ -322,6 +403,7 @@ def _resolve(name: str, model_name: str, model: ModelSection, source: YamlSource
             _loader(model.validation),
             model.validation.batches,
             {k: v for k, v in model.validation.tolerance.model_dump().items() if v is not None},
+            parse_accuracy(model.validation.accuracy),
         ),
         target=Target(
             model.target.backend,
@@ -333,6 +415,25 @@ def _resolve(name: str, model_name: str, model: ModelSection, source: YamlSource
         folder=folder,
         origin=source.path,
     )
+
+
+def parse_accuracy(section: AccuracySection | None) -> Accuracy | None:
+    """The budget that a section asks for.
+
+    Raises:
+        ConfigError: there is no such metric.
+    """
+    if section is None:
+        return None
+    if ":" in section.metric:
+        if not re.fullmatch(r"[\w.]+:[\w.]+", section.metric):
+            raise ConfigError(f"accuracy metric {section.metric!r} is not package.module:function")
+    else:
+        from trtforge.validation.accuracy_metrics import find_metric
+
+        find_metric(section.metric)
+    values = section.model_dump(exclude={"loader", "kwargs"})
+    return Accuracy(loader=_loader(section), **values)
 
 
 def _source(section: SourceSection, folder: Path) -> Source:
@@ -355,7 +456,14 @@ def _input(name: str, section: InputSection) -> InputSpec:
     return InputSpec(name, section.dtype, tuple(section.shape), ValueRange(*values) if values else None)
 
 
+def asks_auto(precision: object) -> bool:
+    """Whether the precision is to be found: `auto`, or a plan with `default: auto` whose rules hold in any case."""
+    return precision == AUTO or (isinstance(precision, Mapping) and precision.get("default") == AUTO)
+
+
 def _plan(precision: str | Mapping[str, Any], folder: Path, *, guard: bool) -> PrecisionPlan:
+    if asks_auto(precision):
+        precision = {**(precision if isinstance(precision, Mapping) else {}), "default": "fp32"}
     if isinstance(precision, str) and precision.endswith((".yaml", ".yml")):
         plan = PrecisionPlan.load(folder / precision)
     else:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from trtforge.converter.quantize import Quantization
     from trtforge.runtime.device import DeviceFacts
     from trtforge.runtime.trt.build import BuiltEngine
+    from trtforge.validation.accuracy import AccuracyReport
     from trtforge.validation.golden import GoldenSet
     from trtforge.validation.parity import ParityReport
     from trtforge.validation.proof import Proof
@@ -51,6 +52,8 @@ class Package:
         quantization: What was quantized, and in which ranges; None where nothing was.
         engine: None where none was built.
         reports: The comparisons, in order.
+        accuracy: The budget and its results; None where none was asked.
+        search: The candidates that were looked at; None where the plan was given.
         recipe: What it is made from; None for a model from Python.
     """
 
@@ -66,6 +69,8 @@ class Package:
     quantization: Quantization | None = None
     engine: BuiltEngine | None = None
     reports: list[ParityReport] = field(default_factory=list)
+    accuracy: AccuracyReport | None = None
+    search: dict[str, Any] | None = None
     recipe: Recipe | None = None
 
     @property
@@ -134,6 +139,8 @@ def publish_proved(
 
     engine = folder / ENGINE
     status: Status = "failed" if failed else _status(proof, facts["graphs"], engine if engine.exists() else None)
+    if failed is None:
+        _require_accuracy(facts)
     write_reports(folder, name, status, {**facts, **(extras or {})}, proof, golden, failed)
     manifest = write_manifest(folder, status, name, facts)
     publish_folder(folder, target)
@@ -153,6 +160,17 @@ def _status(proof: Proof, graphs: Mapping[str, str], engine: Path | None) -> Sta
     _require_same(ran, "graph", graphs["model"])
     _require_same(ran, "engine", hash_file(engine))
     return "validated"
+
+
+def _require_accuracy(facts: Mapping[str, Any]) -> None:
+    if facts.get("accuracy") is None:
+        return
+    from trtforge.validation.accuracy import AccuracyReport
+
+    report = AccuracyReport.from_json(facts["accuracy"])
+    report.raise_unless_passed()
+    if report.deciding is not None and report.deciding.graph != facts["graphs"]["model"]:
+        raise ParityError(f"the accuracy is of another graph: {report.deciding.graph}", fix="convert again")
 
 
 def _require_same(report: ParityReport | None, kind: str, wanted: str) -> None:
@@ -198,6 +216,8 @@ def _facts(package: Package) -> dict[str, Any]:
         "device": device and device_entry(device),
         "tolerance": package.tolerance.to_json() if package.tolerance else None,
         "measured": measured_facts(package.proof),
+        "accuracy": package.accuracy and package.accuracy.to_json(),
+        "search": package.search,
         "versions": versions(),
         "recipe": package.recipe and package.recipe.to_json(),
         "command": reproduce_command(config),

@@ -22,12 +22,14 @@ from trtforge.runtime.publish import check_replaceable, discard_folder, staging_
 from trtforge.runtime.specs import InputSpec, Profile, resolve_shape
 
 if TYPE_CHECKING:
+    from trtforge.converter.accuracy import LabelledSet, Run
+    from trtforge.converter.auto import Choice
     from trtforge.converter.prove import Bench
     from trtforge.converter.quantize import Quantization
     from trtforge.runtime.runner import Runner, Tensors
     from trtforge.runtime.trt.backend import Backend
     from trtforge.runtime.trt.build import BuiltEngine, Shapes
-    from trtforge.validation.parity import ParityReport
+    from trtforge.validation.parity import ParityReport, Stage
     from trtforge.validation.tolerance import Tolerance
 
 __all__ = ["LiveData", "convert_config", "run_pipeline"]
@@ -39,6 +41,7 @@ class LiveData:
 
     validation: object | None = None
     calibration: object | None = None
+    accuracy: object | None = None
 
 
 def convert_config(config: ConversionConfig, target: Path, stages: Stages) -> Artifact:
@@ -117,6 +120,7 @@ class _Run:
     package: Package | None = None
 
     def convert(self) -> Package:
+        from trtforge.converter.quantize import save_calibration
         from trtforge.validation.tolerance import resolve_tolerance
 
         stages, plan = self.stages, self.config.plan
@@ -125,6 +129,7 @@ class _Run:
             reference, specs = made.model, made.specs
         with stages.stage("record"):
             bench = self._record(specs, made.runner)
+            labelled = self._record_labelled(specs, made.runner)
         package = self.package = Package(
             config=self.config,
             loaded=self.loaded,
@@ -133,24 +138,39 @@ class _Run:
             model=reference,
             plan=plan,
             golden=bench.golden,
+            accuracy=labelled.report() if labelled else None,
         )
         with stages.stage("prove", "onnxruntime, float graph"):
             report = self._prove_export(reference, bench)
             package.reports.append(report)
             report.raise_unless_passed()
-        with stages.stage("plan"):
-            package.plan = self._guard(plan, reference, bench)
-        quantization = None
-        if package.plan.quantizes:
-            with stages.stage("calibrate"):
-                quantization = package.quantization = self._calibrate(package.plan, reference, specs)
+        quantization, error = None, None
+        if self.config.search.wanted(plan, budget=labelled is not None):
+            with stages.stage("search"):
+                choice = self._search(plan, reference, specs, bench, labelled)
+            package.search = choice.to_json()
+            package.plan, quantization, error = choice.plan, choice.quantization, choice.error
+            self.config = package.config = replace(self.config, plan=choice.plan)
+            if quantization is not None:
+                save_calibration(self.folder, quantization)
+        else:
+            with stages.stage("plan"):
+                package.plan = self._guard(plan, reference, bench)
+            if package.plan.quantizes:
+                with stages.stage("calibrate"):
+                    quantization = self._calibrate(package.plan, reference, specs)
+                    save_calibration(self.folder, quantization)
+        package.quantization = quantization
         with stages.stage("cast"):
-            model, used = self._cast(package, reference, quantization)
+            model, used, package.plan = self._cast(package.plan, reference, quantization, self.folder / MODEL)
         package.model, package.used = model, used
         tolerance = package.tolerance = resolve_tolerance(sorted(used), self.config.validation.tolerance)
         if model is not reference:
             with stages.stage("prove", "onnxruntime, with the plan"):
                 package.reports.append(self._prove_model(model, bench, used, tolerance))
+        if labelled is not None:
+            with stages.stage("prove", "onnxruntime, labelled samples"):
+                self._score(package, labelled, labelled.run_onnx(model, used), "precision", error)
         runs_here = self.backend is not None and _runs_here(self.backend)
         if not runs_here:
             self._require(package)
@@ -160,6 +180,14 @@ class _Run:
         if package.engine is not None and runs_here:
             with stages.stage("prove", "engine on the GPU"):
                 package.reports.append(self._prove_engine(package.engine, model, bench, tolerance))
+                if labelled is not None:
+                    ran = labelled.run_engine(
+                        package.engine.path,
+                        package.engine.backend,
+                        model.inputs,
+                        tf32=self.config.plan.float_default == "tf32",
+                    )
+                    self._score(package, labelled, ran, "engine", error)
             self._require(package)
         return package
 
@@ -178,7 +206,7 @@ class _Run:
         return read_data(self.config, validation.loader, self.live.validation, specs, validation.batches) or ()
 
     def _calibrate(self, plan: PrecisionPlan, reference: OnnxModel, specs: tuple[InputSpec, ...]) -> Quantization:
-        from trtforge.converter.quantize import find_ranges, make_placement, read_ranges, save_calibration
+        from trtforge.converter.quantize import find_ranges, make_placement, read_ranges
 
         placement = make_placement(reference, plan)
         calibration = self.config.calibration or Calibration()
@@ -188,7 +216,6 @@ class _Run:
             found = read_ranges(calibration.ranges, reference, placement)
         else:
             found = find_ranges(self.config, self.live.calibration, reference, placement, specs, self.stages)
-        save_calibration(self.folder, found)
         return found
 
     def _prove_export(self, reference: OnnxModel, bench: Bench) -> ParityReport:
@@ -209,15 +236,14 @@ class _Run:
         return plan.with_rules(rules, graph=reference.hash) if rules else plan
 
     def _cast(
-        self, package: Package, reference: OnnxModel, quantization: Quantization | None
-    ) -> tuple[OnnxModel, set[Precision]]:
+        self, plan: PrecisionPlan, reference: OnnxModel, quantization: Quantization | None, place: Path
+    ) -> tuple[OnnxModel, set[Precision], PrecisionPlan]:
         from trtforge.converter.casts import apply_plan
         from trtforge.converter.types import check_types
         from trtforge.runtime.graph import load_graph, save_graph
 
-        plan = package.plan
         if quantization is None and plan.float_default in ("fp32", "tf32") and not plan.rules:
-            return reference, {plan.float_default}
+            return reference, {plan.float_default}, plan
         graph = load_graph(reference.path)
         no_half: frozenset[str] = frozenset()
         if self.backend is not None and not self.backend.capabilities.half_quantized_products:
@@ -231,7 +257,7 @@ class _Run:
 
             used |= quantize_graph(graph, quantization)
         if used <= {"fp32", "tf32"} and plan.keep_io:
-            return reference, used
+            return reference, used, plan
         check_types(graph)
         # What an operator's types or a weight's size decided belongs into the plan, with its reason.
         kept = [
@@ -239,8 +265,8 @@ class _Run:
             for decision in decisions
             if decision.origin in ("type", "overflow") and not any(rule.id == decision.id for rule in plan.rules)
         ]
-        package.plan = plan.with_rules(kept, graph=reference.hash) if kept else plan
-        return save_graph(graph, self.folder / MODEL), used
+        reasoned = plan.with_rules(kept, graph=reference.hash) if kept else plan
+        return save_graph(graph, place), used, reasoned
 
     def _prove_model(self, model: OnnxModel, bench: Bench, used: set[Precision], tolerance: Tolerance) -> ParityReport:
         from trtforge.converter.prove import prove_onnx
@@ -248,17 +274,61 @@ class _Run:
         plan = self.config.plan
         return prove_onnx(model, bench, stage="precision", precision=plan.default, used=used, tolerance=tolerance)
 
-    def _build(self, model: OnnxModel, specs: tuple[InputSpec, ...]) -> BuiltEngine:
+    def _search(
+        self,
+        plan: PrecisionPlan,
+        reference: OnnxModel,
+        specs: tuple[InputSpec, ...],
+        bench: Bench,
+        labelled: LabelledSet | None,
+    ) -> Choice:
+        from trtforge.converter.auto import choose_plan
+        from trtforge.converter.candidates import Engines, Workbench
+
+        engines = None
+        if self.backend is not None and _runs_here(self.backend):
+            from trtforge.runtime.trt.execute import time_engine
+            from trtforge.validation.golden import INPUTS_FILE
+
+            engines = Engines(
+                build=lambda model, plan, place: self._build(model, specs, place, plan),
+                latency_ms=lambda engine, tf32: time_engine(
+                    engine.path, engine.backend, bench.proof / INPUTS_FILE, tf32=tf32
+                ),
+            )
+        tools = Workbench(
+            config=self.config,
+            reference=reference,
+            specs=specs,
+            bench=bench,
+            labelled=labelled,
+            calibration=self.live.calibration,
+            realize=lambda plan, quantization, place: self._cast(plan, reference, quantization, place),
+            calibrate=lambda plan: self._calibrate(plan, reference, specs),
+            guard=lambda plan: self._guard(plan, reference, bench),
+            engines=engines,
+        )
+        has_data = self.config.calibration is not None or self.live.calibration is not None
+        candidates = self.config.search.chosen(plan, timed=engines is not None, calibrated=has_data)
+        return choose_plan(tools, plan, self.config.search, candidates)
+
+    def _build(
+        self,
+        model: OnnxModel,
+        specs: tuple[InputSpec, ...],
+        place: Path | None = None,
+        plan: PrecisionPlan | None = None,
+    ) -> BuiltEngine:
         from trtforge.runtime.trt.build import BuildRequest, build_engine
 
         assert self.backend is not None
         target = self.config.target
         request = BuildRequest(
             onnx=model.path,
-            engine=self.folder / ENGINE,
+            engine=place or self.folder / ENGINE,
             backend=self.backend.name,
             profiles=engine_profiles(specs, self.config.profiles),
-            tf32=self.config.plan.float_default == "tf32",
+            tf32=(plan or self.config.plan).float_default == "tf32",
             compute_capabilities=target.compute_capabilities,
             optimization_level=target.optimization_level,
             workspace_bytes=target.workspace_mib and target.workspace_mib << 20,
@@ -289,9 +359,27 @@ class _Run:
             tf32=self.config.plan.float_default == "tf32",
         )
 
+    def _record_labelled(self, specs: tuple[InputSpec, ...], runner: Runner) -> LabelledSet | None:
+        if self.config.validation.accuracy is None:
+            return None
+        from trtforge.converter.accuracy import record_labelled
+
+        return record_labelled(self.config, self.live.accuracy, specs, runner, self.work / "labelled", self.stages)
+
+    def _score(self, package: Package, labelled: LabelledSet, run: Run, stage: Stage, error: float | None) -> None:
+        from trtforge.converter.accuracy import LABELLED
+
+        assert package.accuracy is not None
+        result = labelled.judge(run, stage, package.model.hash, **({} if error is None else {"error": error}))
+        package.accuracy = replace(package.accuracy, results=(*package.accuracy.results, result))
+        if result.verdict != "passed":
+            labelled.save_failure(run, self.folder / LABELLED)
+
     def _require(self, package: Package) -> None:
         try:
             package.proof.raise_unless_passed()
+            if package.accuracy is not None:
+                package.accuracy.raise_unless_passed()
         except ParityError as error:
             error.stage = "prove"
             raise

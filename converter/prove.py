@@ -21,7 +21,7 @@ from trtforge.validation.golden import INPUTS_FILE, GoldenSet, load_outputs
 from trtforge.validation.parity import Candidate, ParityReport, Stage
 from trtforge.validation.tolerance import Tolerance
 
-__all__ = ["Bench", "prove_engine", "prove_onnx"]
+__all__ = ["Bench", "prove_engine", "prove_onnx", "runnable_onnx"]
 
 _HALF_NOTE = (
     "half precision is emulated: every fp16 or bf16 tensor is rounded to its type, with sums in float32 (onnxruntime's "
@@ -66,12 +66,7 @@ def prove_onnx(
         ArtifactError: the graph's file was removed meanwhile.
     """
     outputs = bench.work / f"{stage}.safetensors"
-    run, note = model, ""
-    if used & {"fp16", "bf16"}:
-        from trtforge.validation.emulate import emulate
-
-        note = _HALF_NOTE
-        run = save_graph(emulate(load_graph(model.path)), bench.work / f"{stage}-emulated.onnx")
+    run, note = runnable_onnx(model, used, bench.work / f"{stage}-emulated.onnx")
     feeds = _feeds_for(run.inputs, bench)
     try:
         facts = run_onnx(run.path, feeds, outputs, disable_quant_qdq=True, on_event=bench.stages.forward)
@@ -86,6 +81,21 @@ def prove_onnx(
     hashes = {"graph": model.hash, "file": hash_file(model.path)}
     candidate = Candidate(stage, facts["runner"], facts["version"], precision, hashes, note)
     return compare(bench.golden, load_outputs(outputs), tolerance, candidate, dtypes=_dtypes(model.outputs, bench))
+
+
+def runnable_onnx(model: OnnxModel, used: set[Precision], place: Path) -> tuple[OnnxModel, str]:
+    """The graph that shows on onnxruntime's CPU provider what `model` does, and how it differs, for the report.
+
+    Args:
+        model: The graph.
+        used: Every precision that a node runs in; half precision is emulated.
+        place: Where an emulated graph is written.
+    """
+    if not used & {"fp16", "bf16"}:
+        return model, ""
+    from trtforge.validation.emulate import emulate
+
+    return save_graph(emulate(load_graph(model.path)), place), _HALF_NOTE
 
 
 def prove_engine(

@@ -14,7 +14,7 @@ from typing import Any
 from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.suggest import nearest
 
-__all__ = ["UserCodeError", "call_reference", "import_paths"]
+__all__ = ["UserCodeError", "call_reference", "find_reference", "import_paths"]
 
 
 class UserCodeError(ConfigError):
@@ -57,6 +57,12 @@ def call_reference(reference: str, kwargs: Mapping[str, Any], *, folder: Path, w
                 f"{what} {reference} raised {type(error).__name__}: {error}",
                 fix="the traceback above is from your code; run it alone to debug it",
             ) from error
+
+
+def find_reference(reference: str, *, folder: Path, what: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names, not called; arguments and errors as for `call_reference`."""
+    with import_paths(folder, Path.cwd()):
+        return _find(reference, what)
 
 
 def _find(reference: str, what: str) -> Callable[..., Any]:

@@ -9,10 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from trtforge.runtime.specs import DTYPES
 
 __all__ = [
+    "AccuracySection",
     "CalibrationSection",
     "FileSection",
     "InputSection",
     "ModelSection",
+    "SearchSection",
     "SourceSection",
     "TargetSection",
     "ToleranceSection",
@@ -91,11 +93,33 @@ class ToleranceSection(Section):
     rtol: Annotated[float, Field(ge=0)] | None = None
 
 
+class AccuracySection(LoaderSection):
+    """A budget of task accuracy over labelled data; without a loader of its own over all of the validation's."""
+
+    metric: Annotated[str, Field(min_length=1)]
+    max_drop: Annotated[float, Field(ge=0, le=1)]
+    min: float | None = None
+    batches: Positive | None = None
+    output: str | None = None
+    labels: Literal["loader", "model"] = "loader"
+    decode: Reference | None = None
+    classes: Positive | None = None
+
+
 class ValidationSection(LoaderSection):
     """What the engine is proved on, beside generated inputs, and how near it must be."""
 
     batches: Positive = 4
+    accuracy: AccuracySection | None = None
     tolerance: ToleranceSection = ToleranceSection()
+
+
+class SearchSection(Section):
+    """How a plan is searched for, under `precision: auto` or a quantized one with an accuracy budget."""
+
+    candidates: tuple[Literal["fp32", "tf32", "bf16", "fp16", "fp8", "int8"], ...] = ()
+    evaluations: Annotated[int, Field(ge=10, strict=True)] = 25
+    looks: Annotated[int, Field(ge=1, le=20, strict=True)] = 5
 
 
 class TargetSection(Section):
@@ -128,6 +152,7 @@ class ModelSection(Section):
     inputs: dict[str, InputSection] = {}
     outputs: list[str] = []
     precision: str | dict[str, Any] = "fp32"
+    search: SearchSection = SearchSection()
     overflow_guard: Annotated[bool, Field(strict=True)] = True
     calibration: CalibrationSection | None = None
     validation: ValidationSection = ValidationSection()

@@ -36,6 +36,7 @@ OnEvent = Callable[[dict[str, Any]], None]
 TASKS: dict[str, str] = {
     "trt.build": "trtforge.runtime.trt.build:build_task",
     "trt.run": "trtforge.runtime.trt.execute:run_task",
+    "trt.time": "trtforge.runtime.trt.execute:time_task",
     "trt.inspect": "trtforge.runtime.trt.execute:inspect_task",
     "onnx.run": "trtforge.runtime.onnx_runner:run_task",
     "onnx.run_many": "trtforge.runtime.onnx_batch:run_many_task",

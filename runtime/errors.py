@@ -7,6 +7,7 @@
     ├── CalibrationError           3   the calibration data or its ranges are unusable
     ├── BuildError                 3   TensorRT could not parse or build the network
     ├── ParityError                4   the candidate does not equal the reference, or nothing was proved
+    │   └── AccuracyError          4   it does not keep its accuracy budget, or is not shown to
     └── ArtifactError              5   an artifact is corrupt, foreign, or does not fit this machine
 
 Anything else that escapes is a bug (exit code 1) and shows its traceback.
@@ -17,6 +18,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 __all__ = [
+    "AccuracyError",
     "ArtifactError",
     "BuildError",
     "CalibrationError",
@@ -90,6 +92,10 @@ class ParityError(TrtForgeError):
     """The candidate differs from the reference, or the comparison proves nothing."""
 
     exit_code = 4
+
+
+class AccuracyError(ParityError):
+    """The candidate does not keep its accuracy budget, or the samples are too few to show that it does."""
 
 
 class ArtifactError(TrtForgeError):

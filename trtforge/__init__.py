@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trtforge.converter.api import convert, load
     from trtforge.converter.artifact import Artifact, open_artifact
     from trtforge.runtime.errors import (
+        AccuracyError,
         ArtifactError,
         BuildError,
         CalibrationError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccuracyError",
     "Artifact",
     "ArtifactError",
     "BuildError",

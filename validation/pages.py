@@ -13,6 +13,7 @@ import markupsafe
 
 from trtforge.runtime.errors import ArtifactError
 from trtforge.validation import charts
+from trtforge.validation.accuracy import AccuracyReport, AccuracyVerdict
 from trtforge.validation.parity import Stage, Verdict
 from trtforge.validation.report import ReportData
 from trtforge.validation.tolerance import SAMPLE_LEEWAY_DB, Tolerance
@@ -29,6 +30,12 @@ _VERDICTS: Mapping[Verdict, tuple[str, str]] = {
     Verdict.FAILED: ("✗", "Not equal"),
     Verdict.NOT_PROVED: ("?", "Not proved"),
 }
+_ACCURACY: Mapping[AccuracyVerdict, tuple[str, str]] = {
+    "passed": ("✓", "Within its accuracy budget"),
+    "failed": ("✗", "Beyond its accuracy budget"),
+    "inconclusive": ("?", "Accuracy not shown"),
+}
+_CLASSES: Mapping[AccuracyVerdict, str] = {"passed": "passed", "failed": "failed", "inconclusive": "not_proved"}
 _DECIBEL_TOP = 140.0
 """Right end of the SQNR bars: float32's own rounding."""
 _SHOWN_SAMPLES = 200
@@ -40,7 +47,16 @@ _SHOWN_EXCEPTIONS = 60
 def render_page(data: ReportData) -> str:
     """The page as text. Equal data give equal pages."""
     symbol, headline = _VERDICTS[data.proof.verdict]
+    kind = data.proof.verdict.value
+    accuracy = _read_accuracy(data)
+    if accuracy is not None and accuracy.deciding is not None and data.proof.passed and not accuracy.passed:
+        symbol, headline = _ACCURACY[accuracy.deciding.verdict]
+        kind = _CLASSES[accuracy.deciding.verdict]
     return template("report.html.j2").render(
+        kind=kind,
+        accuracy=accuracy,
+        accuracy_words=_ACCURACY,
+        accuracy_classes=_CLASSES,
         data=data,
         facts=_Facts(data.facts),
         proof=data.proof,
@@ -104,6 +120,11 @@ def template(name: str) -> jinja2.Template:
         "code": _code,
     }
     return environment.get_template(name)
+
+
+def _read_accuracy(data: ReportData) -> AccuracyReport | None:
+    found = data.facts.get("accuracy")
+    return AccuracyReport.from_json(found) if found else None
 
 
 class _Facts(dict[str, Any]):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -70,3 +73,27 @@ def raising_factory() -> nn.Module:
 
 def not_a_module() -> int:
     return 3
+
+
+def labelled(count: int = 400, batch: int = 8, classes: int = 5) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Images for `healthy`, with the answers that it gives itself."""
+    model = healthy().eval()
+    images = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        answers = model(images).argmax(1) % classes
+    for start in range(0, count, batch):
+        yield images[start : start + batch], answers[start : start + batch]
+
+
+def mean_answer(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """A metric of everything at once."""
+    return float((predictions.argmax(1) == labels).mean())
+
+
+def one_answer_each(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """A metric with a number a sample."""
+    return predictions.argmax(1) == labels
+
+
+def broken_metric(predictions: np.ndarray, labels: np.ndarray) -> float:
+    raise ZeroDivisionError("the user's own division")
