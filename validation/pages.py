@@ -196,6 +196,7 @@ def _parts(data: ReportData) -> list[tuple[str, str]]:
     facts = data.facts
     search = facts.get("search") or {}
     present = {
+        "accuracy": ("Accuracy", facts.get("accuracy")),
         "outputs": ("Outputs", data.proof.reports),
         "layers": ("Layers", facts.get("layers")),
         "search": ("Search", search.get("candidates")),
