@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -19,14 +20,14 @@ from trtforge.converter.pieces import Open, engine_opener, open_onnx, run_with
 from trtforge.converter.progress import Stages
 from trtforge.converter.types import infer_types
 from trtforge.runtime.device import device_facts
-from trtforge.runtime.errors import ArtifactError, ConfigError
+from trtforge.runtime.errors import ArtifactError, ConfigError, MissingDependencyError
 from trtforge.runtime.graph import META_LINE, OnnxModel, describe_model, load_graph, node_module
 from trtforge.runtime.onnx_runner import onnxruntime_version
 from trtforge.runtime.precision import PrecisionPlan, Rule
 from trtforge.runtime.publish import hash_file
 from trtforge.runtime.runner import Tensors
 from trtforge.runtime.suggest import nearest
-from trtforge.runtime.trt.backend import Backend, find_backend
+from trtforge.runtime.trt.backend import Backend, capabilities_of, find_backend
 from trtforge.validation.bisect import Bisection, Location, Run, Side, noise_of
 from trtforge.validation.compare import compare
 from trtforge.validation.differences import find_differences
@@ -104,6 +105,16 @@ def _engine_backend(folder: Path) -> Backend | None:
     return backend if backend.capabilities.runs_on(device.compute_capability) else None
 
 
+def _half_products(facts: Mapping[str, Any]) -> bool:
+    """As the conversion decided it: by the backend that built the engine, or would have."""
+    try:
+        if engine := facts.get("engine"):
+            return capabilities_of(engine["backend"], engine["version"]).half_quantized_products
+        return find_backend(facts["target"]["backend"]).capabilities.half_quantized_products
+    except MissingDependencyError:
+        return True
+
+
 class _Search:
     """One bisection under way."""
 
@@ -128,6 +139,7 @@ class _Search:
         self.graph = load_graph(folder / REFERENCE)
         infer_types(self.graph)
         self.reference: OnnxModel = describe_model(self.graph, folder / REFERENCE)
+        self.half_products = _half_products(self.facts)
         self.nodes = {node.name: node for node in self.graph.graph}
         self.runs = {"reference": 0, "candidate": 0}
 
@@ -220,7 +232,7 @@ class _Search:
         for option in propose(self.reference, plan, blame.nodes, blame.symptom, samples):
             by_id = any(rule.id is not None for rule in option.rules)
             trial = plan.with_rules(option.rules, graph=self.reference.hash if by_id else None)
-            model = carry_out(self.reference, trial, self.folder).model
+            model = carry_out(self.reference, trial, self.folder, half_products=self.half_products).model
             infer_types(model)
             search = Bisection(Side(self.graph, self.run_reference), Side(model, self.run_candidate), samples)
             # With what reads the results: a tensor that overflows does so for its reader too.
@@ -268,9 +280,11 @@ class _Search:
 
 
 def _worst_samples(inputs: Sequence[Tensors], right: Sequence[Tensors], got: Sequence[Tensors]) -> list[Tensors]:
+    """The smallest of the samples that err about as much as the worst: they are run many times."""
     noise = [noise_of([want], [found]) for want, found in zip(right, got, strict=True)]
-    order = sorted(range(len(inputs)), key=lambda index: -noise[index])
-    return [inputs[index] for index in sorted(order[:_SAMPLES])]
+    bad = [index for index, value in enumerate(noise) if value >= 0.5 * max(noise)]
+    bad.sort(key=lambda index: sum(array.nbytes for array in inputs[index].values()))
+    return [inputs[index] for index in sorted(bad[:_SAMPLES])]
 
 
 def _code(line: str) -> str:

@@ -43,7 +43,8 @@ def _blame(number: int, blame: Blame) -> Iterator[str]:
     if blame.code:
         yield f"   > {blame.code}"
     yield f"   {blame.symptom.kind}: {blame.symptom.reason}"
-    yield f"   the outputs have {decibels(blame.before)} before it and {decibels(blame.after)} with it"
+    before = "are exact" if not blame.before else f"have {decibels(blame.before)}"
+    yield f"   the outputs {before} before it and have {decibels(blame.after)} with it"
     yield f"   alone, fed the reference's tensors, it has {decibels(blame.own)}"
     if blame.share < 0.5:
         yield f"   it adds {blame.share:.0%} of the noise: error piles up over many layers, this one adds most"

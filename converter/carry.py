@@ -10,7 +10,7 @@ import onnx_ir as ir
 from trtforge.calibration.cache import load_ranges
 from trtforge.calibration.ranges import Ranges
 from trtforge.converter.casts import apply_plan
-from trtforge.converter.quantize import CALIBRATION, Quantization, make_placement, quantize_graph
+from trtforge.converter.quantize import CALIBRATION, Quantization, make_placement, quantize_graph, quantized_products
 from trtforge.converter.types import check_types
 from trtforge.runtime.graph import OnnxModel, load_graph
 from trtforge.runtime.precision import Precision, PrecisionPlan
@@ -26,13 +26,15 @@ class Carried:
     used: frozenset[Precision]
 
 
-def carry_out(reference: OnnxModel, plan: PrecisionPlan, folder: Path) -> Carried:
+def carry_out(reference: OnnxModel, plan: PrecisionPlan, folder: Path, *, half_products: bool = True) -> Carried:
     """The graph that a conversion under `plan` would write.
 
     Args:
         reference: The float graph; not changed.
         plan: The plan, with the rules of the overflow guard where they are wanted.
         folder: Holds `calibration.json` where the plan quantizes.
+        half_products: Whether the backend takes quantized products with float16 scales
+            (`Capabilities.half_quantized_products`).
 
     Raises:
         ConfigError: a rule that matches nothing, or nothing can be quantized.
@@ -45,7 +47,10 @@ def carry_out(reference: OnnxModel, plan: PrecisionPlan, folder: Path) -> Carrie
         placement = make_placement(reference, plan)
         ranges = Ranges({}) if placement.existing else load_ranges(folder / CALIBRATION)
         quantization = Quantization(placement, ranges)
-    decisions = apply_plan(graph, plan, graph=reference.hash)
+    no_half: frozenset[str] = frozenset()
+    if not half_products:
+        no_half = quantized_products(graph, quantization.placement if quantization else None)
+    decisions = apply_plan(graph, plan, graph=reference.hash, no_half=no_half)
     used: set[Precision] = {decision.precision for decision in decisions} or {"fp32"}
     if quantization is not None:
         used |= quantize_graph(graph, quantization)

@@ -102,20 +102,26 @@ def error_histogram(output: OutputResult, tolerance: Tolerance) -> Markup:
     return frame.draw(label, body, _twos(frame.x), _thin(ys, 5), "|error| / std of the output", "values")
 
 
-def error_scatter(output: OutputResult) -> Markup:
-    """Error against the size of the value that it is an error of, rms and greatest; "" where there is none."""
+def error_scatter(output: OutputResult, precision: str = "") -> Markup:
+    """Error against the size of the value that it is an error of, rms and greatest; "" where there is none.
+
+    Args:
+        output: With its `magnitudes`.
+        precision: Of the candidate; for fp16 and bf16 a line shows what rounding the value once would cost.
+    """
     shown = [m for m in output.magnitudes if m.greatest > 0 and m.exponent > -64]
     if len(shown) < 2:
         return Markup("")
     logs = [math.log2(m.greatest) for m in shown] + [math.log2(m.rms) for m in shown if m.rms > 0]
     frame = _Frame(440, 190, (shown[0].exponent - 1, shown[-1].exponent), (min(logs) - 1, max(logs) + 1))
     body = []
-    for bits, name in ((11, "fp16"), (8, "bf16")):  # half a unit in the last place: |r| * 2^-bits
-        low = max(frame.x[0], frame.y[0] + bits)
-        high = min(frame.x[1], frame.y[1] + bits)
+    bits = {"fp16": 11, "bf16": 8}.get(precision)  # rounding once: half a unit in the last place, |r| * 2^-bits
+    if bits is not None:
+        low, high = max(frame.x[0], frame.y[0] + bits), min(frame.x[1], frame.y[1] + bits)
         if high - low > 2:
             body.append(_line(frame.px(low), frame.py(low - bits), frame.px(high), frame.py(high - bits), "guide"))
-            body.append(_text(frame.px(high) - 3, frame.py(high - bits) + 11, f"{name} rounding", "note end"))
+            place = frame.px(high) - 4, frame.py(high - bits) + 12
+            body.append(_text(*place, f"rounding once to {precision}", "note end"))
     for m in shown:
         x = frame.px(m.exponent - 0.5)
         label = f"{m.count} values of {2.0 ** (m.exponent - 1):.2g} to {2.0**m.exponent:.2g}: "
