@@ -91,7 +91,9 @@ def detach_weights(model: ir.Model) -> dict[str, Array]:
         if tensor.nbytes < _LARGE and not isinstance(tensor, ir.ExternalTensor):
             continue
         array = np.asarray(tensor.numpy())
-        if array.nbytes != tensor.nbytes:  # packed types: 4 bits an element
+        # Packed types have 4 bits an element; of FP8 and bfloat16, which numpy only knows by ml_dtypes, onnxruntime's
+        # bindings take no array.
+        if array.nbytes != tensor.nbytes or array.dtype.isbuiltin != 1:
             continue
         weights[name] = array
         value.const_value = ir.ExternalTensor(

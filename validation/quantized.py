@@ -78,7 +78,9 @@ def _describe(node: ir.Node, piece: Piece, *, clips: bool) -> str:
         return (
             f"its input {name} is clipped at {end:.4g}: values reach {x.max(initial=0.0):.4g}, {share:.2%} lie beyond"
         )
-    half = _smallest(node, end) / 2
+    if _code(node) in _FP8:
+        return f"its input {name} keeps 4 significant bits in fp8"
+    half = end / 127 / 2
     alive = x[x > 0]
     lost = np.count_nonzero(alive <= half) / max(alive.size, 1)
     return f"its input {name} has steps of {2 * half:.3g} up to {end:.4g}: {lost:.0%} of its non-zero values become 0"
@@ -91,13 +93,6 @@ def _end(node: ir.Node) -> float | None:
         return None
     top = float(ml_dtypes.finfo(_code(node).numpy()).max) if _code(node) in _FP8 else 127.0  # type: ignore[no-untyped-call]
     return float(tensor.numpy().astype(np.float64).reshape(-1)[0]) * top
-
-
-def _smallest(node: ir.Node, end: float) -> float:
-    if _code(node) not in _FP8:
-        return end / 127
-    info = ml_dtypes.finfo(_code(node).numpy())  # type: ignore[no-untyped-call]
-    return end / float(info.max) * float(info.smallest_subnormal)
 
 
 def _code(node: ir.Node) -> ir.DataType:

@@ -51,6 +51,16 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_fp8_weights_that_are_large_are_measured_too(tmp_path: Path) -> None:
+    """Taken out of the graph, they would be arrays of a type that onnxruntime's bindings don't know."""
+    net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 5))
+    data = [np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)]
+    artifact = trtforge.convert(net, torch.zeros(4, 64), tmp_path / "net", precision="fp8", calibration=data)
+    layers = json.loads((artifact.path / "report.json").read_text())["layers"]
+    assert [layer["op"] for layer in layers] == ["Gemm", "Relu", "Gemm"]
+    assert all(10 < layer["sqnr_db"] < 70 for layer in layers)
+
+
 @pytest.fixture
 def artifact(converted: Path, tmp_path: Path) -> Path:
     shutil.copytree(converted / "net", tmp_path / "all" / "net")
