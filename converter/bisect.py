@@ -172,9 +172,11 @@ class _Search:
                 break
             blame = self._blame(search, location)
             self._count(search)
-            if before.passed or blame.symptom.kind == "graph":
+            if before.passed:
+                return self._finish("agrees", [blame], before, None, None)
+            if blame.symptom.kind == "graph":
                 blames.append(blame)
-                return self._finish("agrees" if before.passed else "graph", blames, before, None, None)
+                return self._finish("graph", blames, before, self._carried_again(plan), None)
             mended = self._mend(blame, location, plan, samples)
             if mended is None:
                 blames.append(blame)
@@ -242,6 +244,13 @@ class _Search:
             if left <= _MENDED * location.after and math.isfinite(left):
                 return option.rules, trial, model
         return None
+
+    def _carried_again(self, plan: PrecisionPlan) -> ParityReport:
+        """The plan carried out afresh on the reference: tells what the candidate should have been."""
+        with self.stages.stage("measure", "the plan, carried out afresh"):
+            model = carry_out(self.reference, plan, self.folder, half_products=self.half_products).model
+            infer_types(model)
+            return self._compare(self._outputs(model, self.run_candidate), self._tolerance())
 
     def _readers(self, names: Sequence[str]) -> set[str]:
         users = (user for name in names for value in self.nodes[name].outputs for user, _ in value.uses())

@@ -28,7 +28,7 @@ def describe_finding(found: Finding) -> str:
         lines += ["", *_blame(number, blame)]
     lines += ["", *_figures("before", found.before)]
     if found.after is not None:
-        lines += _figures("with the exceptions" if found.exception else "after", found.after)
+        lines += _figures("with the exceptions" if found.exception else "its plan, carried out afresh", found.after)
     if found.exception:
         lines += ["", "add to the plan:", found.exception.rstrip()]
     if found.outcome == "graph":

@@ -75,7 +75,7 @@ class Finding:
         runner: What ran the candidate, with its version.
         blames: Layers in the order in which they were found: the first one goes wrong first.
         before: The candidate against the golden set.
-        after: The candidate under `plan`; None where there is no plan.
+        after: The candidate under `plan`; for "graph" the artifact's own plan carried out afresh; else None.
         plan: The artifact's plan with the exceptions; None where none mends anything.
         notes: What else has to be said.
         runs: How often each side ran, and the samples searched.

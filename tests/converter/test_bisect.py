@@ -12,6 +12,11 @@ from typing import Any
 import pytest
 
 from trtforge.converter import cli
+from trtforge.converter.carry import carry_out
+from trtforge.converter.manifest import read_manifest
+from trtforge.runtime.graph import describe_model, graph_hash, load_graph
+from trtforge.runtime.precision import PrecisionPlan
+from trtforge.runtime.trt.backend import find_backend
 
 CASES = Path(__file__).parents[1] / "cases" / "blame_models.py"
 
@@ -116,6 +121,19 @@ def test_one_layer_that_int8_breaks(run: Run) -> None:
     assert found["measured"]["after"]["sqnr_db"] > 20 > found["measured"]["before"]["sqnr_db"]
 
 
+def test_the_stored_plan_carried_out_again_is_the_same_graph(run: Run) -> None:
+    """What an exception is measured on has to be what a conversion with it would make."""
+    assert run("convert", write_int8())[0] == 4
+    folder = Path("artifacts/net.failed")
+    facts = read_manifest(folder).facts
+    reference = describe_model(load_graph(folder / "reference.onnx"), folder / "reference.onnx")
+    plan = PrecisionPlan.load(folder / "precision.yaml")
+    half = find_backend("auto").capabilities.half_quantized_products
+    carried = carry_out(reference, plan, folder, half_products=half)
+    assert graph_hash(carried.model) == facts["graphs"]["model"]
+    assert sorted(carried.used) == facts["used_precisions"]
+
+
 def test_a_node_that_was_tampered_with(run: Run) -> None:
     """Two channels of one convolution swapped in model.onnx: the plan is innocent, and no exception mends it."""
     import onnx
@@ -138,4 +156,5 @@ def test_a_node_that_was_tampered_with(run: Run) -> None:
     assert (blame["nodes"], blame["kind"], blame["rules"]) == (["three/Conv#0"], "graph", [])
     assert "its constant three.weight is another one" in blame["reason"]
     assert any("model.onnx is not the file" in note for note in found["notes"])
+    assert found["measured"]["after"]["sqnr_db"] > 50  # what the plan makes of reference.onnx is no such graph
     assert "convert again" in run("bisect", "copy.failed")[1]
