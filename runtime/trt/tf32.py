@@ -3,7 +3,8 @@
 Measured with RTX 1.6.1 on an H100: BuilderFlag.TF32 cleared or set, a float32 MatMul and Conv have 70.6 dB SQNR (10
 bits of mantissa). Built and run under NVIDIA_TF32_OVERRIDE=0 they have 114 and 108 dB (float32). An engine that was
 built under one value refuses a context, and a context's change of profile, under another one. A runtime cache that is
-deserialised before the variable is set gives TF32's kernels to a float32 engine, without a word.
+deserialised before the variable is set gives TF32's kernels to a float32 engine, without a word. And what the process
+ran first stays: after an engine with TF32 one without it has TF32's error; the other way round both are exact.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ class Tf32Hold:
         tf32: Whether the engine was built with TF32 allowed.
 
     Raises:
-        ArtifactError: an engine of the other kind lives in this process.
+        ArtifactError: an engine of the other kind lives in this process, or one with TF32 has, and this one is without.
     """
 
     def __init__(self, tf32: bool) -> None:
+        global _with_tf32
         value = _value(tf32)
         with _LOCK:
             if any(held != value for held in _HELD):
@@ -48,6 +50,13 @@ class Tf32Hold:
                     why=f"TensorRT reads {_VARIABLE} for the whole process",
                     fix="close the other engine first, or load this one in a process of its own",
                 )
+            if _with_tf32 and not tf32:
+                raise ArtifactError(
+                    "an engine without TF32 cannot be loaded where one with it was loaded before",
+                    why=f"TensorRT reads {_VARIABLE} once a process: this engine's float32 products would be rounded",
+                    fix="load it first, or in a process of its own",
+                )
+            _with_tf32 = _with_tf32 or tf32
             if value not in _HELD:
                 _HELD[value] = _Held(os.environ.get(_VARIABLE))
                 _set(value)
@@ -78,6 +87,8 @@ class _Held:
 
 _HELD: dict[str | None, _Held] = {}
 """At most one entry: the value that live engines need."""
+_with_tf32 = False
+"""Whether this process has loaded an engine with TF32."""
 
 
 def _value(tf32: bool) -> str | None:

@@ -8,6 +8,7 @@ import os
 import pytest
 
 from trtforge.runtime.errors import ArtifactError
+from trtforge.runtime.trt import tf32 as room
 from trtforge.runtime.trt.tf32 import Tf32Hold, set_build_tf32
 
 VARIABLE = "NVIDIA_TF32_OVERRIDE"
@@ -15,6 +16,7 @@ VARIABLE = "NVIDIA_TF32_OVERRIDE"
 
 @pytest.fixture(autouse=True, params=[None, "0", "1"])
 def before(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(room, "_with_tf32", False)  # each test stands for a process of its own
     if request.param is None:
         monkeypatch.delenv(VARIABLE, raising=False)
     else:
@@ -44,6 +46,14 @@ def test_engines_of_both_kinds_do_not_live_together() -> None:
     with pytest.raises(ArtifactError, match="with it lives in this process"):
         Tf32Hold(False)
     second.release()
+
+
+def test_an_engine_with_tf32_spoils_the_process_for_those_without() -> None:
+    Tf32Hold(False).release()
+    Tf32Hold(True).release()
+    with pytest.raises(ArtifactError, match="was loaded before"):
+        Tf32Hold(False)
+    Tf32Hold(True).release()
 
 
 def test_a_forgotten_hold_lets_go() -> None:
