@@ -197,7 +197,8 @@ def _paths_in(value: Any) -> Iterator[Path]:
 
 def _named_in_kwargs(config: ConversionConfig) -> Iterator[Path]:
     """Files and folders that an argument of a factory or loader names, from the file's folder or the working one."""
-    loaders = [part.loader for part in (config.calibration, config.validation) if part is not None]
+    parts = (config.calibration, config.validation, config.validation.accuracy)
+    loaders = [part.loader for part in parts if part is not None]
     for kwargs in [config.source.kwargs, *(loader.kwargs for loader in loaders if loader is not None)]:
         for text in _texts(kwargs):
             for folder in (config.folder, Path.cwd()):
