@@ -167,10 +167,12 @@ def _try(bench: Workbench, plan: PrecisionPlan, kind: Precision, search: Search)
 
     def look(kept: Sequence[Group]) -> Score:
         if sum(len(group.units) for group in kept) == len(units) and kind in QUANTIZED:
-            return bench.look(replace(plan, default=high))
+            return Score(False, f"nothing would be left in {kind}", None, math.inf)
         return bench.look(mended(kept))
 
     found = mend(groups, plain, look, looks=search.looks - 1) if units else Mended((), plain)
+    if not found.score.passed:  # as it was: what was put back in vain says nothing
+        return Row(kind, plan, plain, plain, (), high, bench.evaluations - before)
     kept = _single(found.kept)
     return Row(kind, mended(found.kept), found.score, plain, kept, high, bench.evaluations - before)
 
