@@ -22,7 +22,7 @@ from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
 from trtforge.runtime.runner import Array, Tensors
 from trtforge.runtime.tensors import save_tensors
 from trtforge.validation.audit import Judge, Outcome
-from trtforge.validation.golden import GoldenSet, SamplePoint, load_outputs, record
+from trtforge.validation.golden import EXTREME, GoldenSet, SamplePoint, load_outputs, record
 from trtforge.validation.parity import Candidate, Stage
 from trtforge.validation.polygraphy_data import default_inputs, passes_by_default
 from trtforge.validation.tolerance import Tolerance
@@ -40,7 +40,7 @@ def record_held_out(
     """Inputs that the golden set lacks, and the float graph's outputs, which the export's proof tied to PyTorch's.
 
     Args:
-        artifact: Its inputs and profiles say what is generated.
+        artifact: Its inputs and profiles say what is generated; nothing extreme: faults are judged by the usual.
         golden: Its generated samples are repeated in their sizes, with other seeds.
         repeats: How often; sizes between min and max come beside.
         seed: Decides those sizes.
@@ -49,7 +49,7 @@ def record_held_out(
     points = []
     for repeat in range(repeats):
         for index, sample in enumerate(golden.samples):
-            if sample.seed is not None:
+            if sample.seed is not None and not sample.name.endswith(EXTREME):
                 number = 1_000_003 * (repeat + 1) + index
                 points.append(SamplePoint(f"{sample.name}-held-{repeat}", sample.sizes, number, required=repeat == 0))
     random = np.random.default_rng([seed, 1])

@@ -193,9 +193,12 @@ class _Run:
 
     def _record(self, specs: tuple[InputSpec, ...], runner: Runner) -> Bench:
         from trtforge.converter.prove import Bench
+        from trtforge.runtime.inputs import has_extremes
         from trtforge.validation.golden import plan_points, record
 
-        points = plan_points(self.config.profiles)
+        # Beyond calibrated ranges a quantized plan saturates by design: its extremes would be held against it.
+        extremes = has_extremes(specs) and not self.config.plan.quantizes
+        points = plan_points(self.config.profiles, extremes=extremes)
         golden = record(runner, specs, points, real=self._real_inputs(specs))
         proof = self.folder / PROOF
         golden.save(proof)

@@ -8,13 +8,15 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.runner import Array
-from trtforge.runtime.specs import DTYPES, InputSpec, resolve_shape
+from trtforge.runtime.specs import DTYPES, InputSpec, ValueRange, resolve_shape
 
-__all__ = ["make_inputs", "numpy_dtype"]
+__all__ = ["has_extremes", "make_inputs", "numpy_dtype"]
 
+_BLOCKS = (1, 2, 4, 8)
 _DEFAULT_INTEGERS = (0, 1)
 """Both ends included: indices into any table of two rows or more, and class or segment ids, are then legal."""
 
@@ -30,7 +32,14 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
-def make_inputs(specs: Sequence[InputSpec], sizes: Mapping[str, int], seed: int) -> dict[str, Array]:
+def has_extremes(specs: Sequence[InputSpec]) -> bool:
+    """Whether a floating input has `values`, whose ends `make_inputs(..., extreme=True)` can go to."""
+    return any(_has_ends(spec) for spec in specs)
+
+
+def make_inputs(
+    specs: Sequence[InputSpec], sizes: Mapping[str, int], seed: int, *, extreme: bool = False
+) -> dict[str, Array]:
     """One set of inputs, equal for equal arguments on every machine.
 
     Floats are standard normal, or uniform over `values`. Integers are uniform over `values`, both ends included, or
@@ -41,6 +50,9 @@ def make_inputs(specs: Sequence[InputSpec], sizes: Mapping[str, int], seed: int)
         specs: The inputs.
         sizes: The size of every dimension that the shapes name.
         seed: Any integer >= 0.
+        extreme: Floats with `values` take both ends alone, in patterns: each row along the first axis has a share of
+            high values of its own, in blocks of 1, 2, 4 or 8 along the last two axes. Uniform noise averages out in the
+            first layer that sums it; these drive activations as far as legal inputs can.
 
     Returns:
         By name, C-contiguous, of the spec's dtype and resolved shape.
@@ -48,10 +60,10 @@ def make_inputs(specs: Sequence[InputSpec], sizes: Mapping[str, int], seed: int)
     Raises:
         ConfigError: a named dimension without a size, or values that the dtype cannot hold.
     """
-    return {spec.name: _make_input(spec, sizes, seed) for spec in specs}
+    return {spec.name: _make_input(spec, sizes, seed, extreme) for spec in specs}
 
 
-def _make_input(spec: InputSpec, sizes: Mapping[str, int], seed: int) -> Array:
+def _make_input(spec: InputSpec, sizes: Mapping[str, int], seed: int, extreme: bool) -> Array:
     try:
         shape = resolve_shape(spec.shape, sizes)
     except KeyError as missing:
@@ -68,7 +80,29 @@ def _make_input(spec: InputSpec, sizes: Mapping[str, int], seed: int) -> Array:
         return random.integers(low, high, shape, dtype=dtype, endpoint=True)
     if spec.values is None:
         return random.standard_normal(shape, np.float32).astype(dtype)
+    if extreme and _has_ends(spec):
+        return _patterns(random, shape, spec.values).astype(dtype)
     return random.uniform(spec.values.min, spec.values.max, shape).astype(dtype)
+
+
+def _has_ends(spec: InputSpec) -> bool:
+    return "float" in spec.dtype and spec.values is not None and spec.values.min < spec.values.max
+
+
+def _patterns(random: np.random.Generator, shape: tuple[int, ...], values: ValueRange) -> NDArray[np.float64]:
+    if not shape:
+        return np.array(random.choice([values.min, values.max]))
+    high = np.empty(shape, np.bool_)
+    for row in range(shape[0]):
+        block, share = int(random.choice(_BLOCKS)), random.uniform()
+        inner = shape[1:]
+        # Only the last two axes are places of a picture or steps of a sequence.
+        factors = [block if axis >= len(inner) - 2 else 1 for axis in range(len(inner))]
+        pattern = random.uniform(size=[-(-size // factor) for size, factor in zip(inner, factors, strict=True)]) < share
+        for axis, factor in enumerate(factors):
+            pattern = np.repeat(pattern, factor, axis).take(np.arange(inner[axis]), axis)
+        high[row] = pattern
+    return np.where(high, values.max, values.min)
 
 
 def _booleans(random: np.random.Generator, shape: tuple[int, ...], spec: InputSpec) -> Array:
