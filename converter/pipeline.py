@@ -196,9 +196,10 @@ class _Run:
         from trtforge.runtime.inputs import has_extremes
         from trtforge.validation.golden import plan_points, record
 
-        # Beyond calibrated ranges a quantized plan saturates by design: its extremes would be held against it.
-        extremes = has_extremes(specs) and not self.config.plan.quantizes
-        points = plan_points(self.config.profiles, extremes=extremes)
+        # Beyond calibrated ranges a quantized plan saturates by design: extremes would be held against it.
+        calibrated = self.config.calibration is not None or self.live.calibration is not None
+        quantizes = self.config.plan.quantizes or (self.config.search.auto and calibrated)
+        points = plan_points(self.config.profiles, extremes=has_extremes(specs) and not quantizes)
         golden = record(runner, specs, points, real=self._real_inputs(specs))
         proof = self.folder / PROOF
         golden.save(proof)

@@ -226,3 +226,10 @@ def test_structure_is_the_graph_without_its_weights():
     assert graph_hash(one, weights=False) == graph_hash(other, weights=False)
     for changed in (small_graph(1.0, 0), small_graph(1.0, 1, "Tanh")):
         assert graph_hash(one, weights=False) != graph_hash(changed, weights=False)
+
+
+def test_baseline_of_schema_1_is_read():
+    """A file as users have it committed: every later trtforge reads it, or says that it does not."""
+    path = Path(__file__).parent / "data" / "baseline-1.json"
+    (found,) = read_baseline(path).values()
+    assert found == ArtifactRecord.from_json(OLD.to_json())

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from trtforge.runtime.errors import ConfigError
-from trtforge.runtime.inputs import make_inputs
+from trtforge.runtime.inputs import has_extremes, make_inputs
 from trtforge.runtime.specs import DTYPES, InputSpec, ValueRange
 
 
@@ -56,3 +56,30 @@ def test_what_cannot_be_generated() -> None:
         make_inputs([InputSpec("x", "float32", ("n",))], {}, 0)
     with pytest.raises(ConfigError, match="do not fit uint8"):
         make_inputs([InputSpec("x", "uint8", (2,), ValueRange(-1, 4))], {}, 0)
+
+
+def test_extremes_take_both_ends_in_blocks_and_nothing_else() -> None:
+    picture = InputSpec("x", "float32", ("n", 3, 16, 16), ValueRange(-1, 2))
+    found = make_inputs([picture], {"n": 64}, 0, extreme=True)["x"]
+    assert set(np.unique(found)) == {-1, 2}
+    shares = (found == 2).mean(axis=(1, 2, 3))
+    assert shares.min() < 0.1
+    assert shares.max() > 0.9
+    whole = found.reshape(64, 3, 2, 8, 2, 8)
+    assert (whole.max(axis=(3, 5)) == whole.min(axis=(3, 5))).all(axis=(1, 2, 3)).any(), "some rows have blocks of 8"
+    np.testing.assert_array_equal(found, make_inputs([picture], {"n": 64}, 0, extreme=True)["x"])
+
+
+@pytest.mark.parametrize("shape", [(), (5,), ("n", 7), (0, 3)])
+def test_extremes_have_any_rank(shape: tuple[int | str, ...]) -> None:
+    found = make_inputs([InputSpec("x", "bfloat16", shape, ValueRange(0, 1))], {"n": 2}, 0, extreme=True)["x"]
+    assert found.shape == tuple(2 if dim == "n" else dim for dim in shape)
+    assert found.dtype == ml_dtypes.bfloat16
+
+
+def test_only_floats_with_values_have_extremes() -> None:
+    normal, ids = InputSpec("x", "float32", (9,)), InputSpec("i", "int64", (9,), ValueRange(0, 9))
+    assert not has_extremes([normal, ids])
+    assert has_extremes([normal, InputSpec("z", "float32", (9,), ValueRange(0, 1))])
+    for name, array in make_inputs([normal, ids], {}, 3).items():
+        np.testing.assert_array_equal(array, make_inputs([normal, ids], {}, 3, extreme=True)[name])

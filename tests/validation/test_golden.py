@@ -65,6 +65,31 @@ def test_points_of_one_profile():
     assert len({p.seed for p in points}) == len(points)
 
 
+def test_extreme_points_are_the_largest_of_each_profile():
+    points = plan_points([PROFILE, {"batch": DimRange(2, 3, 5)}], repeats=1, extremes=True)
+    assert [(p.name, p.sizes["batch"]) for p in points if p.extreme] == [("0.extreme", 8), ("1.extreme", 5)]
+    assert len({p.seed for p in points}) == len(points)
+    assert not any(p.extreme for p in plan_points([PROFILE]))
+
+
+def test_extremes_where_the_reference_is_not_finite_are_left_out():
+    spec = InputSpec("x", "float32", ("batch", 3), ValueRange(0, 1))
+
+    class Inverse(Doubler):
+        def run(self, feeds):
+            with np.errstate(divide="ignore"):
+                return {"y": 1 / feeds["x"]}
+
+    points = plan_points([PROFILE], extremes=True)
+    assert "extreme" in [s.name for s in record(Doubled(), [spec], points).samples]
+    assert "extreme" not in [s.name for s in record(Inverse(), [spec], points).samples]
+
+
+class Doubled(Doubler):
+    def run(self, feeds):
+        return {"y": feeds["x"] * 2}
+
+
 def test_points_that_coincide_are_recorded_once():
     names = [p.name for p in plan_points([{"n": DimRange(1, 2, 2)}, {"n": DimRange(2, 2, 4)}], repeats=1)]
     assert names == ["0.opt", "0.min", "1.max", "0.opt-2"]
