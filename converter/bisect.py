@@ -44,7 +44,7 @@ _ROUNDS = 8
 _SAMPLES = 2
 """Samples that the search runs: the worst ones. The exception is measured on all."""
 _MENDED = 0.1
-"""A place is mended where a tenth of the noise, or less, is left behind it."""
+"""A place is mended where a tenth, or less, of the noise that it adds is left behind it."""
 
 _PLACES = ("auto", "onnxruntime", "engine")
 
@@ -241,7 +241,8 @@ class _Search:
             left = search.noise_behind({*option.nodes, *blame.nodes, *self._readers(blame.nodes)})
             self._count(search)
             self.stages.note(f"{'; '.join(rule.describe() for rule in option.rules)}: {decibels(left)} behind it")
-            if left <= _MENDED * location.after and math.isfinite(left):
+            added = location.after - location.before  # noise from before the place is not its own to take away
+            if math.isfinite(left) and left <= location.before + _MENDED * added:
                 return option.rules, trial, model
         return None
 
