@@ -20,6 +20,7 @@ DIGEST = "manifest.sha256"
 """Holds the manifest's own SHA-256, so that one altered byte anywhere in the folder is noticed."""
 
 Status = Literal["validated", "built", "portable", "failed"]
+_ATTEMPTS = 5
 _REFUSED = "make the artifact again, or copy it again from where it was whole"
 
 
@@ -60,6 +61,8 @@ def write_manifest(folder: Path, status: Status, name: str, facts: Mapping[str, 
 def read_manifest(folder: Path, *, check_files: bool = True) -> Manifest:
     """Reads a folder's manifest and checks that every file is the one that it names, and that there is no other.
 
+    An artifact that is published anew meanwhile is read again from the start.
+
     Args:
         folder: An artifact.
         check_files: False checks the manifest alone, for listings.
@@ -67,6 +70,25 @@ def read_manifest(folder: Path, *, check_files: bool = True) -> Manifest:
     Raises:
         ArtifactError: not an artifact, of a newer schema, or anything was altered, added or removed.
     """
+    for _ in range(_ATTEMPTS):
+        before = _identity(folder)
+        try:
+            return _read(folder, check_files)
+        except ArtifactError:
+            if _identity(folder) == before:
+                raise
+    return _read(folder, check_files)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        facts = folder.stat()
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino
+
+
+def _read(folder: Path, check_files: bool) -> Manifest:
     data = _read_checked(folder)
     if data.get("schema") != SCHEMA:
         raise ArtifactError(
@@ -101,7 +123,10 @@ def _read_checked(folder: Path) -> dict[str, Any]:
         ) from error
     if digest != (hash_bytes(raw) + "\n").encode():
         raise ArtifactError(f"{folder / MANIFEST} is not the one that was published with {DIGEST}", fix=_REFUSED)
-    data = json.loads(raw)
+    try:
+        data = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{folder / MANIFEST} is not JSON: {error}", fix=_REFUSED) from error
     if not isinstance(data, dict):
         raise ArtifactError(f"{folder / MANIFEST} is not a JSON object", fix=_REFUSED)
     return data

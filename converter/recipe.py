@@ -235,7 +235,8 @@ def _external_data(path: Path | None) -> Iterable[Path]:
 
 def _user_modules() -> Iterator[Path]:
     """Source of every imported module that is neither installed, nor the standard library's, nor ours."""
-    installed = [str(Path(folder).resolve()) + os.sep for folder in _installed_folders()]
+    # Ours by path too: some library knows the entry point by another name.
+    installed = [str(Path(folder).resolve()) + os.sep for folder in (*_installed_folders(), str(_PACKAGE))]
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if not isinstance(file, str) or name == "__main__" or name.partition(".")[0] == "trtforge":

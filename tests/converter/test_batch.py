@@ -83,7 +83,7 @@ def test_one_model_is_skipped_without_torch_or_converted_by_force(tmp_path: Path
     assert manifest.stat().st_ino != before
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_being_stopped_stops_all_and_leaves_nothing(tmp_path: Path, how: signal.Signals) -> None:
     (tmp_path / "waiting_data.py").write_text(WAITING)
     write_tiny(tmp_path, {"a": slow("a.pid"), "b": slow("b.pid"), "c": slow("c.pid")})
@@ -119,6 +119,7 @@ def test_killed_child_fails_alone_and_killed_batch_takes_its_children_with_it(tm
     assert os.listdir(tmp_path / "artifacts") == ["b"]
 
 
+@pytest.mark.slow
 def test_death_of_one_process_is_exit_3_in_table_and_json(tmp_path: Path) -> None:
     (tmp_path / "crashing_data.py").write_text("import os\ndef crash():\n    os.abort()\n")
     crash = entry(validation={"loader": "crashing_data:crash"})
@@ -130,6 +131,7 @@ def test_death_of_one_process_is_exit_3_in_table_and_json(tmp_path: Path) -> Non
     assert all("SIGABRT" in error["message"] and "fix:" in error["message"] for error in errors)
 
 
+@pytest.mark.slow
 def test_two_batches_into_one_folder_do_not_hurt_each_other(tmp_path: Path) -> None:
     write_tiny(tmp_path, {"a": entry(), "b": entry(precision="fp16")})
     batches = [start(tmp_path, "convert", "tiny.yaml", "--jobs", "2", "--force", "--json") for _ in range(2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trtforge.converter import cli
 from trtforge.converter.config import ConversionConfig, read_config
 from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.specs import DimRange, ValueRange
@@ -150,9 +152,7 @@ def paths_in(data: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [at, *(path for key, value in items for path in paths_in(value, (*at, key)))]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_fuzzed_configuration_is_read_or_refused_with_a_line(tmp_path: Path, data: st.DataObject) -> None:
+def fuzz(data: st.DataObject) -> Any:
     tree: Any = copy.deepcopy(yaml.safe_load(GOOD))
     for _ in range(data.draw(st.integers(1, 3))):
         *parents, last = data.draw(st.sampled_from(paths_in(tree)[1:]))
@@ -165,11 +165,35 @@ def test_fuzzed_configuration_is_read_or_refused_with_a_line(tmp_path: Path, dat
             inner[data.draw(st.text(max_size=8))] = inner.pop(last)
         if not tree:
             break
+    return tree
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_fuzzed_configuration_is_read_or_refused_with_a_line(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "fuzzed.yaml"
-    path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml.safe_dump(fuzz(data), allow_unicode=True), encoding="utf-8")
     said = "fuzzed.yaml: nothing"
     try:
         read_config(path)
     except ConfigError as error:
         said = str(error)
     assert "fuzzed.yaml:" in said
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_thousand_fuzzed_configurations_are_exit_2_without_a_traceback(
+    tmp_path: Path, data: st.DataObject, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "fuzzed.yaml"
+    path.write_text(yaml.safe_dump(fuzz(data), allow_unicode=True), encoding="utf-8")
+    # One that is still right lacks this model.
+    monkeypatch.setattr(sys, "argv", ["trtforge", "convert", str(path), "--only", "none such"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "fuzzed.yaml" in said
+    assert "Traceback" not in said

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
+from tiny_models import write_tiny
 
+import trtforge
 from trtforge.converter.artifact import open_artifact
 from trtforge.converter.manifest import read_manifest, write_manifest
 from trtforge.runtime.errors import ArtifactError
+from trtforge.runtime.publish import hash_bytes, publish_folder, staging_folder
 
 
 @pytest.fixture
@@ -88,3 +92,130 @@ def test_failed_and_engineless_artifacts_are_not_loaded(folder: Path) -> None:
     write_manifest(folder, "portable", "model", {})
     with pytest.raises(ArtifactError, match="no engine"):
         open_artifact(folder).load()
+
+
+def flip(rng: random.Random, data: bytes) -> bytes:
+    altered = bytearray(data)
+    altered[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return bytes(altered)
+
+
+def cut(rng: random.Random, data: bytes) -> bytes:
+    return data[: rng.randrange(len(data))]
+
+
+def grow(rng: random.Random, data: bytes) -> bytes:
+    at = rng.randrange(len(data) + 1)
+    return data[:at] + rng.randbytes(rng.randrange(1, 9)) + data[at:]
+
+
+def overwrite(rng: random.Random, data: bytes) -> bytes:
+    at, length = rng.randrange(len(data)), rng.randrange(1, 64)
+    return data[:at] + rng.randbytes(length) + data[at + length :]
+
+
+KINDS = ("bytes", "bytes", "bytes", "several", "remove", "rename", "swap", "copy", "add", "link", "folder")
+
+
+def alter(rng: random.Random, folder: Path, files: dict[Path, bytes]) -> tuple[str, list[Path]]:
+    """Does one thing to the folder; gives its name and what came into being."""
+    path, other = rng.sample(sorted(files), 2)
+    kind = rng.choice(
+        ("bytes", "bytes", "bytes", "several", "remove", "rename", "swap", "copy", "add", "link", "folder")
+    )
+    made: list[Path] = []
+    if kind == "bytes":
+        change = rng.choice((flip, cut, grow, overwrite))
+        path.write_bytes(change(rng, files[path]))
+        kind = f"{change.__name__} {path.name}"
+    elif kind == "several":
+        for each in rng.sample(sorted(files), rng.randrange(2, len(files))):
+            each.write_bytes(flip(rng, files[each]))
+    elif kind == "remove":
+        path.unlink()
+    elif kind == "rename":
+        made = [path.with_name(rng.choice((path.name.upper(), path.name + "~", "." + path.name)))]
+        path.rename(made[0])
+    elif kind == "swap":
+        path.write_bytes(files[other])
+        other.write_bytes(files[path])
+    elif kind == "copy":
+        path.write_bytes(files[other])
+    elif kind == "add":
+        made = [path.with_name(f"extra-{rng.randrange(99)}")]
+        made[0].write_bytes(rng.randbytes(rng.randrange(3)))
+    elif kind == "link":
+        path.unlink()
+        path.symlink_to(other)
+    else:
+        path.unlink()
+        path.mkdir()
+    return kind, made
+
+
+def restore(files: dict[Path, bytes], made: list[Path]) -> None:
+    for path in made:
+        path.unlink()
+    for path, data in files.items():
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir():
+            path.rmdir()
+        if not path.exists() or path.read_bytes() != data:
+            path.write_bytes(data)
+
+
+@pytest.mark.parametrize("number", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_every_altered_artifact_is_refused(tmp_path: Path, number: int) -> None:
+    """A real artifact, altered in one random way after another."""
+    write_tiny(tmp_path)
+    made = trtforge.convert(tmp_path / "tiny.onnx", None, tmp_path / "artifact", dims={"n": (1, 2, 4)}).path
+    files = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
+    rng = random.Random(number)
+    accepted = []
+    for _ in range(number):
+        kind, new = alter(rng, made, files)
+        if any(not path.is_file() or path.read_bytes() != data for path, data in files.items()) or new:
+            try:
+                open_artifact(made)
+                accepted.append(kind)
+            except ArtifactError as error:
+                assert str(made) in str(error)  # noqa: PT017  # one in a thousand may be accepted: it is counted
+        restore(files, new)
+    assert accepted == []
+    open_artifact(made)
+
+
+def test_a_manifest_signed_anew_is_still_checked(folder: Path) -> None:
+    whole = (folder / "manifest.json").read_text()
+    changes = ('"files"', '"filez"'), ('"size"', '"syze"'), ('"schema": 1', '"schema": 2'), ('"built"', '"certified"')
+    changed = [whole.replace(*change) for change in (*changes, ("model.engine", "../model.engine"))]
+    for text in ("", "{", "[]", "\0", "[" * 100_000, whole[:-9], *changed):
+        (folder / "manifest.json").write_text(text)
+        (folder / "manifest.sha256").write_text(hash_bytes(text.encode()) + "\n")
+        with pytest.raises(ArtifactError):
+            read_manifest(folder)
+
+
+def test_reading_while_another_publishes(folder: Path, tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def publish() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            with staging_folder(tmp_path) as staging:
+                new = staging / "new"
+                new.mkdir()
+                (new / "model.engine").write_bytes(str(number).encode() * 50_000)
+                write_manifest(new, "built", "model", {"number": number})
+                publish_folder(new, folder)
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    try:
+        seen = {read_manifest(folder).facts.get("number") for _ in range(200)}
+    finally:
+        stop.set()
+        thread.join()
+    assert len(seen) > 1
