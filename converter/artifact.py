@@ -102,7 +102,8 @@ class Artifact:
             )
         if self.engine is None:
             raise ArtifactError(
-                f"{self.path} is {self.status}: it holds no engine", fix="build one on the GPU that it shall run on"
+                f"{self.path} is {self.status}: it holds no engine",
+                fix=f"trtforge build {self.path}, on the GPU that it shall run on",
             )
         if self.status != "validated" and not allow_unvalidated:
             raise ArtifactError(

@@ -61,6 +61,24 @@ def convert(
 
 
 @app.command()
+def build(
+    path: ArtifactPath,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Publish the new artifact here.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="auto, tensorrt or tensorrt-rtx; else what the artifact was made for.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build an artifact's engine on this machine: of a `portable` one, or for another release or GPU.
+
+    Needs neither torch nor the model's code. With a GPU the engine is proved by running, and the artifact `validated`.
+    """
+    from trtforge.converter import commands
+
+    raise typer.Exit(commands.build(path, output=output, backend=backend, as_json=as_json))
+
+
+@app.command()
 def validate(
     path: ArtifactPath,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Publish the promoted artifact here.")] = None,

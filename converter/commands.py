@@ -84,6 +84,23 @@ def validate(path: Path, *, output: Path | None, as_json: bool) -> int:
     return 0
 
 
+def build(path: Path, *, output: Path | None, backend: str | None, as_json: bool) -> int:
+    """Builds an artifact's engine on this machine."""
+    from trtforge.converter.progress import Stages
+    from trtforge.converter.rebuild import build_artifact
+
+    with ProgressView() as view:
+        view.name = path.name
+        stages = Stages(view.show)
+        artifact = build_artifact(path, output=output, backend=backend, stages=stages)
+    outcome = Outcome(artifact.name, artifact.status, artifact.path, stages.seconds, facts=dict(artifact.facts))
+    if as_json:
+        print_json({"models": {outcome.name: outcome.to_json()}})
+    else:
+        print_table("", _COLUMNS, [_row(outcome)])
+    return 0
+
+
 def inspect(path: Path, *, as_json: bool) -> int:
     """Prints what an artifact or an ONNX file holds."""
     from trtforge.converter.inspection import describe_path

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from trtforge.validation.proof import Proof
     from trtforge.validation.tolerance import Tolerance
 
-__all__ = ["Package", "device_entry", "measured_facts", "publish_package", "publish_proved"]
+__all__ = ["Package", "device_entry", "engine_facts", "measured_facts", "publish_package", "publish_proved"]
 
 
 @dataclass(slots=True)
@@ -162,6 +162,19 @@ def _status(proof: Proof, graphs: Mapping[str, str], engine: Path | None) -> Sta
     return "validated"
 
 
+def engine_facts(engine: BuiltEngine, *, tf32: bool) -> dict[str, Any]:
+    """An engine as the manifest holds it."""
+    return {
+        "sha256": engine.sha256,
+        "size": engine.size_bytes,
+        "backend": engine.backend,
+        "version": engine.version,
+        "compute_capabilities": list(engine.compute_capabilities),
+        "tf32": tf32,
+        "warnings": list(engine.warnings),
+    }
+
+
 def _require_accuracy(facts: Mapping[str, Any]) -> None:
     if facts.get("accuracy") is None:
         return
@@ -196,17 +209,7 @@ def _facts(package: Package) -> dict[str, Any]:
         "used_precisions": sorted(package.used),
         "source": _source_facts(package),
         "calibration": _calibration_facts(package),
-        "engine": None
-        if engine is None
-        else {
-            "sha256": engine.sha256,
-            "size": engine.size_bytes,
-            "backend": engine.backend,
-            "version": engine.version,
-            "compute_capabilities": list(engine.compute_capabilities),
-            "tf32": config.plan.float_default == "tf32",
-            "warnings": list(engine.warnings),
-        },
+        "engine": engine and engine_facts(engine, tf32=config.plan.float_default == "tf32"),
         "target": {
             "backend": config.target.backend,
             "compute_capabilities": list(config.target.compute_capabilities),

@@ -11,6 +11,7 @@ from trtforge.converter.artifact import ENGINE, FAILED_SUFFIX, MODEL, PROOF, Art
 from trtforge.converter.config import Calibration, ConversionConfig
 from trtforge.converter.data import read_data
 from trtforge.converter.package import Package, publish_package
+from trtforge.converter.profiles import engine_profiles
 from trtforge.converter.progress import Stages
 from trtforge.converter.recipe import Recipe
 from trtforge.converter.reference import make_reference
@@ -19,7 +20,7 @@ from trtforge.runtime.errors import BuildError, ConfigError, ParityError
 from trtforge.runtime.graph import OnnxModel
 from trtforge.runtime.precision import Precision, PrecisionPlan, Rule
 from trtforge.runtime.publish import check_replaceable, discard_folder, staging_folder
-from trtforge.runtime.specs import InputSpec, Profile, resolve_shape
+from trtforge.runtime.specs import InputSpec
 
 if TYPE_CHECKING:
     from trtforge.converter.accuracy import LabelledSet, Run
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from trtforge.converter.quantize import Quantization
     from trtforge.runtime.runner import Runner, Tensors
     from trtforge.runtime.trt.backend import Backend
-    from trtforge.runtime.trt.build import BuiltEngine, Shapes
+    from trtforge.runtime.trt.build import BuiltEngine
     from trtforge.validation.parity import ParityReport, Stage
     from trtforge.validation.tolerance import Tolerance
 
@@ -387,21 +388,6 @@ class _Run:
         except ParityError as error:
             error.stage = "prove"
             raise
-
-
-def engine_profiles(specs: tuple[InputSpec, ...], profiles: tuple[Profile, ...]) -> tuple[dict[str, Shapes], ...]:
-    """Min, opt and max shape of each input in each profile; none where every shape is fixed."""
-    dynamic = [spec for spec in specs if any(isinstance(dim, str) for dim in spec.shape)]
-    if not dynamic:
-        return ()
-    return tuple({spec.name: _shapes(spec, profile) for spec in dynamic} for profile in profiles)
-
-
-def _shapes(spec: InputSpec, profile: Profile) -> Shapes:
-    lows = resolve_shape(spec.shape, {name: dim.min for name, dim in profile.items()})
-    opts = resolve_shape(spec.shape, {name: dim.opt for name, dim in profile.items()})
-    highs = resolve_shape(spec.shape, {name: dim.max for name, dim in profile.items()})
-    return lows, opts, highs
 
 
 def find_buildable(config: ConversionConfig, stages: Stages) -> Backend | None:

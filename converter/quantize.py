@@ -30,6 +30,7 @@ __all__ = [
     "Quantization",
     "calibration_source",
     "find_ranges",
+    "halved_products",
     "make_placement",
     "quantize_graph",
     "quantized_products",
@@ -150,6 +151,16 @@ def quantized_products(graph: ir.Model, placement: Placement | None) -> frozense
         if own or (node.op_type in PRODUCTS and (node.name in wanted or reads_codes)):
             found.add(node.name or "")
     return frozenset(found)
+
+
+def halved_products(graph: ir.Model) -> list[str]:
+    """Ids of the nodes that multiply codes and give float16; types are known (`types.infer_types`)."""
+    products = quantized_products(graph, None)
+    return [
+        node.name or node.op_type
+        for node in graph.graph
+        if node.op_type in PRODUCTS and node.name in products and node.outputs[0].dtype == ir.DataType.FLOAT16
+    ]
 
 
 def _is_dequantized(value: ir.Value) -> bool:

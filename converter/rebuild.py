@@ -1,0 +1,139 @@
+"""`trtforge build DIR`: an artifact's engine, built on this machine. Needs neither torch nor the model's code."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import onnx_ir as ir
+
+from trtforge.converter.artifact import ENGINE, PROOF, Artifact, open_artifact
+from trtforge.converter.package import device_entry, engine_facts, measured_facts, publish_proved
+from trtforge.converter.profiles import engine_profiles
+from trtforge.converter.progress import Stages
+from trtforge.converter.prove import Bench, prove_engine
+from trtforge.converter.quantize import halved_products
+from trtforge.converter.reporting import read_report
+from trtforge.converter.types import infer_types
+from trtforge.runtime.device import DeviceFacts, device_facts
+from trtforge.runtime.errors import ArtifactError
+from trtforge.runtime.graph import OnnxModel, describe_model, load_graph
+from trtforge.runtime.publish import staging_folder
+from trtforge.runtime.trt.backend import Backend, find_backend
+from trtforge.runtime.trt.build import BuildRequest, BuiltEngine, build_engine
+from trtforge.validation.golden import GoldenSet
+from trtforge.validation.proof import Proof
+from trtforge.validation.tolerance import Tolerance
+
+__all__ = ["build_artifact"]
+
+
+def build_artifact(path: Path, *, stages: Stages, output: Path | None = None, backend: str | None = None) -> Artifact:
+    """Builds an engine from an artifact's proved ONNX, proves it where a GPU runs it, and publishes the artifact anew.
+
+    Args:
+        path: An artifact: `portable`, or with an engine of another release or GPU, which is replaced.
+        stages: Receives progress.
+        output: Where the new artifact is published; None: in place of `path`.
+        backend: "auto", "tensorrt" or "tensorrt-rtx"; None: what the artifact was made for.
+
+    Returns:
+        The artifact: `validated` where the engine ran and passed, else `built`.
+
+    Raises:
+        MissingDependencyError: the backend is not installed.
+        ArtifactError: altered or failed; the backend builds only on a GPU and there is none; or the graph holds what it
+            gets wrong.
+        BuildError: it cannot be built.
+        ParityError: the engine does not equal the model; the artifact at `path` stays as it was.
+    """
+    with stages.stage("check", "every file's SHA-256"):
+        artifact = open_artifact(path)
+        if artifact.status == "failed":
+            raise ArtifactError(f"{path} failed its proof and is never built", fix=f"trtforge bisect {path}")
+        golden = GoldenSet.load(path / PROOF)
+        graph = load_graph(artifact.model)
+        model = describe_model(graph, artifact.model)
+    device = device_facts()
+    found = find_backend(backend or artifact.facts["target"]["backend"])
+    _check_machine(artifact, found, device)
+    _check_products(artifact, graph, found)
+    target = output or path
+    with staging_folder(target.absolute().parent) as staging:
+        folder, work = staging / "artifact", staging / "work"
+        work.mkdir()
+        # Links to the engine of before would be written through: only what the new manifest lists is copied.
+        for name in artifact.manifest.files:
+            if name != ENGINE:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path / name, folder / name)
+        with stages.stage("build", str(found)):
+            built = _build(artifact, model, found, folder / ENGINE, stages)
+        reports = tuple(r for r in read_report(path).proof.reports if r.candidate.stage != "engine")
+        runs_here = device is not None and found.capabilities.runs_on(device.compute_capability)
+        if runs_here:
+            with stages.stage("prove", "engine on the GPU"):
+                report = prove_engine(
+                    built.path,
+                    built.backend,
+                    Bench(golden, path / PROOF, work, stages),
+                    graph=model.hash,
+                    inputs=model.inputs,
+                    outputs=model.outputs,
+                    precision=artifact.facts["precision"],
+                    tolerance=Tolerance.from_json(artifact.facts["tolerance"]),
+                    tf32=_tf32(artifact),
+                )
+                report.raise_unless_passed()
+                reports = (*reports, report)
+        old = read_report(path).proof
+        proof = Proof(reports, old.required, old.notes)
+        drop = ("schema", "status", "name", "files")
+        facts = {key: value for key, value in artifact.facts.items() if key not in drop}
+        facts |= {
+            "engine": engine_facts(built, tf32=_tf32(artifact)),
+            "device": device_entry(device) if device is not None and runs_here else None,
+            "measured": measured_facts(proof),
+        }
+        with stages.stage("package"):
+            return publish_proved(folder, target, artifact.name, facts, proof, golden)
+
+
+def _tf32(artifact: Artifact) -> bool:
+    return artifact.plan.float_default == "tf32"
+
+
+def _build(artifact: Artifact, model: OnnxModel, backend: Backend, engine: Path, stages: Stages) -> BuiltEngine:
+    wanted = artifact.facts["target"]
+    workspace = wanted["workspace_mib"]
+    request = BuildRequest(
+        onnx=model.path,
+        engine=engine,
+        backend=backend.name,
+        profiles=engine_profiles(artifact.inputs, artifact.profiles),
+        tf32=_tf32(artifact),
+        compute_capabilities=tuple(wanted["compute_capabilities"]),
+        optimization_level=wanted["optimization_level"],
+        workspace_bytes=workspace and workspace << 20,
+    )
+    return build_engine(request, on_event=stages.forward)
+
+
+def _check_machine(artifact: Artifact, backend: Backend, device: DeviceFacts | None) -> None:
+    if backend.capabilities.needs_gpu_to_build and device is None:
+        raise ArtifactError(
+            f"{backend} builds {artifact.path.name} on the GPU that it shall run on, and there is none here",
+            fix="run this on the target, or give --backend tensorrt-rtx, which builds ahead of time",
+        )
+
+
+def _check_products(artifact: Artifact, graph: ir.Model, backend: Backend) -> None:
+    if backend.capabilities.half_quantized_products:
+        return
+    infer_types(graph)
+    if halved := halved_products(graph):
+        raise ArtifactError(
+            f"{len(halved)} quantized products of {artifact.model.name} compute in float16: {', '.join(halved[:3])}",
+            why=f"{backend} sums their codes in float16, past its range",
+            fix="convert the model again with this backend as its target",
+        )
