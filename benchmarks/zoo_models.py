@@ -36,17 +36,20 @@ class ZooModel:
 
 
 def make(model: ZooModel) -> nn.Module:
-    """The model in eval mode, its vacuous parameters drawn anew."""
+    """The model in eval mode, its vacuous parameters drawn anew, its BatchNorms fitted to random inputs."""
     torch.manual_seed(0)
     module = model.build().eval()
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             enliven(name, parameter)
-        for part in module.modules():
-            if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is not None:
-                part.running_mean.normal_(0, 0.1)
-                assert part.running_var is not None
-                part.running_var.uniform_(0.7, 1.3)
+        norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        if norms:
+            # Statistics of 0 and 1 let a deep network's signal die out: it would answer all inputs alike.
+            for norm in norms:
+                norm.train()
+                norm.momentum = 1.0
+            module(**{name: torch.cat([x, x.flip(-1), -x]) for name, x in model.example().items()})
+            module.eval()
     return module
 
 

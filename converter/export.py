@@ -20,6 +20,7 @@ from onnx_ir.passes.common import OutputFixPass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trtforge.converter.cleanup import clean
+from trtforge.converter.decompositions import decompose
 from trtforge.converter.dims import merge_profiles, rename_dims
 from trtforge.converter.export_errors import explain_capture, explain_translation, frozen_dimension
 from trtforge.converter.guards import find_guards
@@ -126,6 +127,7 @@ def write_program(
         ConfigError: `output_names` of another number than there are outputs.
         ExportError: torch cannot translate it, or a dimension that was asked to be dynamic is not.
     """
+    program = decompose(program)
     names = _output_names(returned, output_names, [spec.name for spec in example.specs])
     model = _translate(program, example, opset)
     _name_values(model, example, names)
