@@ -36,21 +36,33 @@ class ZooModel:
 
 
 def make(model: ZooModel) -> nn.Module:
-    """The model in eval mode, its vacuous parameters drawn anew, its BatchNorms fitted to random inputs."""
+    """The model in eval mode, its vacuous parameters drawn anew, its BatchNorms scaled to random inputs."""
     torch.manual_seed(0)
     module = model.build().eval()
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             enliven(name, parameter)
-        norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-        if norms:
-            # Statistics of 0 and 1 let a deep network's signal die out: it would answer all inputs alike.
-            for norm in norms:
-                norm.train()
-                norm.momentum = 1.0
-            module(**{name: torch.cat([x, x.flip(-1), -x]) for name, x in model.example().items()})
-            module.eval()
+        # Statistics of 0 and 1 let a deep network's signal die out, so that it would answer all inputs alike; means
+        # taken off would magnify small differences, noise among them.
+        hooks = [
+            part.register_forward_pre_hook(scale_to_one)
+            for part in module.modules()
+            if isinstance(part, nn.modules.batchnorm._BatchNorm)
+        ]
+        if hooks:
+            module(**{name: torch.randn(8, *x.shape[1:]) for name, x in model.example().items()})
+        for hook in hooks:
+            hook.remove()
     return module
+
+
+def scale_to_one(norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    x, variance, mean = args[0], norm.running_var, norm.running_mean
+    assert isinstance(variance, torch.Tensor)
+    assert isinstance(mean, torch.Tensor)
+    mean.zero_()
+    variance.copy_(x.square().mean([axis for axis in range(x.ndim) if axis != 1]))
+    variance.clamp_(min=0.1 * float(variance.mean()))
 
 
 def enliven(name: str, parameter: torch.Tensor) -> None:
@@ -136,8 +148,10 @@ def _transformer(name: str, kind: str, config: str, inputs: str = "text", **sett
         import transformers
 
         made = getattr(transformers, config)(**settings)
-        made._attn_implementation = "sdpa"
-        return getattr(transformers, kind)(made)
+        module: nn.Module = getattr(transformers, kind)(made)
+        if "num_local_experts" in settings:  # the default calls an operator of transformers' own, which has no ONNX
+            module.set_experts_implementation("batched_mm")
+        return module
 
     ids = ("batch", "length")
     size = int(settings.get("image_size", 64)) if not isinstance(settings.get("image_size"), list) else 64
@@ -189,7 +203,7 @@ MODELS: tuple[ZooModel, ...] = (
     _torchvision("vit_b_16", 64, image_size=64),
     _torchvision("swin_t"),
     _torchvision("swin_v2_t"),
-    _torchvision("maxvit_t", 64, input_size=(64, 64), partition_size=2),
+    _torchvision("maxvit_t", 224),
     _torchvision("fcn_resnet50", weights_backbone=None),
     _torchvision("deeplabv3_mobilenet_v3_large", 96, weights_backbone=None),
     _torchvision("lraspp_mobilenet_v3_large", 96, weights_backbone=None),
@@ -264,5 +278,5 @@ MODELS: tuple[ZooModel, ...] = (
                  num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, conv_dim=[16] * 7,
                  num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4),
     _transformer("yolos", "YolosForObjectDetection", "YolosConfig", "image", **{**_VISION, "image_size": [64, 64]},
-                 num_detection_tokens=5),
+                 num_detection_tokens=5, initializer_range=0.2),
 )  # fmt: skip

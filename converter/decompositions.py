@@ -1,4 +1,4 @@
-"""Operators that torch.onnx cannot translate, or only into what no engine takes, expressed through other torch operators.
+"""Operators that torch.onnx translates not at all, or into what no engine takes, expressed through other ones of torch.
 
 They are replaced in the captured program, before its translation, so that the user's lines and modules stay on them.
 """
@@ -31,7 +31,9 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
     if found & _MASKED:  # writing in place becomes the other one before the table is asked
         found |= _MASKED
     # Operators that are not in the table stay as they are, also those that torch would take apart of its own accord.
-    return program.run_decompositions({operator: _TABLE[operator] for operator in found})
+    table = {operator: _TABLE[operator] for operator in found}
+    decomposed: torch.export.ExportedProgram = program.run_decompositions(table)
+    return decomposed
 
 
 def _has_mask(node: torch.fx.Node) -> bool:
@@ -77,7 +79,7 @@ def _distances(a: torch.Tensor, b: torch.Tensor, p: float, compute_mode: int | N
 def _assign(
     x: torch.Tensor, indices: Sequence[torch.Tensor | None], values: torch.Tensor, accumulate: bool = False
 ) -> Any:
-    """`x[mask] = values` as a choice between two tensors: where the mask stands alone and `values` don't depend on it."""
+    """`x[mask] = values` as a choice between two tensors, where no other index stands beside the mask."""
     position = next((number for number, index in enumerate(indices) if index is not None), 0)
     mask = indices[position]
     alone = mask is not None and mask.dtype == torch.bool and sum(index is not None for index in indices) == 1

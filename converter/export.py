@@ -9,7 +9,7 @@ import keyword
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from trtforge.converter.export_errors import explain_capture, explain_translatio
 from trtforge.converter.guards import find_guards
 from trtforge.converter.identity import WRAPPER, identify
 from trtforge.converter.signature import ExampleInputs, name_outputs
+from trtforge.converter.unsupported import rewrite
 from trtforge.converter.values import name_values
 from trtforge.runtime.errors import ConfigError, ExportError, TrtForgeError
 from trtforge.runtime.graph import OnnxModel, save_graph
@@ -80,6 +81,7 @@ def export_module(
     output_names: Sequence[str] | None = None,
     opset: int,
     folder: Path,
+    rewritten: Collection[str] = (),
 ) -> OnnxModel:
     """Exports a module, in eval mode, to `folder/reference.onnx`, with the user's names and node ids.
 
@@ -92,6 +94,7 @@ def export_module(
         output_names: One for each output tensor; without, they come from dict keys, fields and positions.
         opset: Version of the default operator set.
         folder: An existing folder.
+        rewritten: Operators of ONNX that are expressed through others.
 
     Raises:
         ConfigError: `output_names` of another number than there are outputs.
@@ -101,7 +104,15 @@ def export_module(
     flat = FlatCall(module, example)
     with evaluation(module), quiet():
         program = _capture(flat, example, dims)
-        return write_program(program, example, flat.output_names, output_names=output_names, opset=opset, folder=folder)
+        return write_program(
+            program,
+            example,
+            flat.output_names,
+            output_names=output_names,
+            opset=opset,
+            folder=folder,
+            rewritten=rewritten,
+        )
 
 
 def write_program(
@@ -112,6 +123,7 @@ def write_program(
     output_names: Sequence[str] | None,
     opset: int,
     folder: Path,
+    rewritten: Collection[str] = (),
 ) -> OnnxModel:
     """Translates a captured program to `folder/reference.onnx`, with the user's names and node ids.
 
@@ -122,6 +134,7 @@ def write_program(
         output_names: What the user calls them instead.
         opset: Version of the default operator set.
         folder: An existing folder.
+        rewritten: Operators of ONNX that are expressed through others.
 
     Raises:
         ConfigError: `output_names` of another number than there are outputs.
@@ -132,6 +145,7 @@ def write_program(
     model = _translate(program, example, opset)
     _name_values(model, example, names)
     _name_dims(model, example)
+    rewrite(model, rewritten)
     clean(model)
     identify(model)
     return save_graph(model, folder / "reference.onnx")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from onnx_ir.passes.common import ShapeInferencePass
 from trtforge.converter.cleanup import clean
 from trtforge.converter.dims import fix_static, merge_profiles, rename_dims
 from trtforge.converter.identity import identify
+from trtforge.converter.unsupported import rewrite
 from trtforge.runtime.errors import ConfigError, ExportError
-from trtforge.runtime.graph import OnnxModel, dtype_name, save_graph
+from trtforge.runtime.graph import OnnxModel, all_graphs, dtype_name, save_graph
 from trtforge.runtime.specs import DTYPES, InputSpec, Profile
 from trtforge.runtime.suggest import nearest
 
@@ -37,7 +38,13 @@ class Imported:
 
 
 def import_onnx(
-    path: Path, *, profiles: Sequence[Profile] = (), inputs: Sequence[InputSpec] = (), opset: int | None, folder: Path
+    path: Path,
+    *,
+    profiles: Sequence[Profile] = (),
+    inputs: Sequence[InputSpec] = (),
+    opset: int | None,
+    folder: Path,
+    rewritten: Collection[str] = (),
 ) -> Imported:
     """Reads an ONNX file and writes it, fit for the rest of the chain, to `folder/reference.onnx`.
 
@@ -48,6 +55,7 @@ def import_onnx(
             that the file gives their dimensions.
         opset: Graphs below it are converted to it; None leaves those from 13 on as they are.
         folder: An existing folder.
+        rewritten: Operators that are expressed through others.
 
     Raises:
         ExportError: the file is missing, corrupt, invalid or cannot be converted, or an axis has one size where a
@@ -60,6 +68,10 @@ def import_onnx(
     ir.external_data.set_base_dir(model.graph, path.parent)
     specs = _match_inputs(model, inputs, profiles)
     clean(model)
+    if any(node.op_type in rewritten for graph in all_graphs(model) for node in graph):
+        ShapeInferencePass(check_type=False, strict_mode=False)(model)
+        rewrite(model, rewritten)
+        clean(model)
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
     identify(model)
     return Imported(save_graph(model, folder / "reference.onnx"), specs)

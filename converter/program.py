@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,24 @@ def open_program(
     return ProgramCall(program, module, example, FlatCall(module, example), outputs)
 
 
-def export_program(opened: ProgramCall, *, output_names: Sequence[str] | None, opset: int, folder: Path) -> OnnxModel:
+def export_program(
+    opened: ProgramCall,
+    *,
+    output_names: Sequence[str] | None,
+    opset: int,
+    folder: Path,
+    rewritten: Collection[str] = (),
+) -> OnnxModel:
     """Translates a program to `folder/reference.onnx`; see `export_module`."""
     with quiet():
         return write_program(
-            opened.program, opened.example, opened.outputs, output_names=output_names, opset=opset, folder=folder
+            opened.program,
+            opened.example,
+            opened.outputs,
+            output_names=output_names,
+            opset=opset,
+            folder=folder,
+            rewritten=rewritten,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +43,7 @@ def make_reference(config: ConversionConfig, loaded: LoadedModel, backend: Backe
     if loaded.program is not None:
         return _translate(loaded.program, config, loaded, backend, folder)
     if loaded.module is None:
-        return _import(config, loaded, folder)
+        return _import(config, loaded, backend, folder)
     from trtforge.converter.example import example_from_inputs, example_from_specs
     from trtforge.converter.export import FlatCall, export_module
     from trtforge.runtime.torch_runner import TorchRunner
@@ -58,6 +59,7 @@ def make_reference(config: ConversionConfig, loaded: LoadedModel, backend: Backe
         profiles=config.profiles,
         output_names=config.outputs or None,
         opset=_opset(config, backend),
+        rewritten=_rewritten(backend),
         folder=folder,
     )
     return Reference(model, example.specs, TorchRunner(module, FlatCall(module, example), model.inputs, model.outputs))
@@ -65,6 +67,12 @@ def make_reference(config: ConversionConfig, loaded: LoadedModel, backend: Backe
 
 def _opset(config: ConversionConfig, backend: Backend | None) -> int:
     return config.target.opset or (backend.capabilities.max_opset if backend else _PORTABLE_OPSET)
+
+
+def _rewritten(backend: Backend | None) -> Collection[str]:
+    from trtforge.converter.unsupported import REWRITTEN
+
+    return backend.capabilities.rewritten_operators if backend else REWRITTEN
 
 
 def _translate(
@@ -81,18 +89,26 @@ def _translate(
     given, values = (specs, None) if loaded.example is None else (loaded.example.shapes, loaded.example.inputs)
     opened = open_program(program, given=given, profiles=config.profiles, values=values)
     opset = _opset(config, backend)
-    model = export_program(opened, output_names=config.outputs or None, opset=opset, folder=folder)
+    model = export_program(
+        opened, output_names=config.outputs or None, opset=opset, folder=folder, rewritten=_rewritten(backend)
+    )
     runner = TorchRunner(opened.module, opened.call, model.inputs, model.outputs)
     return Reference(model, opened.example.specs, runner)
 
 
-def _import(config: ConversionConfig, loaded: LoadedModel, folder: Path) -> Reference:
+def _import(config: ConversionConfig, loaded: LoadedModel, backend: Backend | None, folder: Path) -> Reference:
     from trtforge.converter.foreign import import_onnx
     from trtforge.converter.trial import try_in_child
     from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
 
     assert loaded.onnx is not None
-    opset = config.target.opset
-    imported = import_onnx(loaded.onnx, profiles=config.profiles, inputs=config.inputs, opset=opset, folder=folder)
+    imported = import_onnx(
+        loaded.onnx,
+        profiles=config.profiles,
+        inputs=config.inputs,
+        opset=config.target.opset,
+        folder=folder,
+        rewritten=_rewritten(backend),
+    )
     try_in_child(loaded.onnx, imported.specs, config.profiles, folder)
     return Reference(imported.model, imported.specs, OnnxRuntimeRunner(loaded.onnx, disable_quant_qdq=True))

@@ -34,6 +34,8 @@ class Capabilities:
         half_quantized_products: Quantized products with float16 scales and output are right. TensorRT-RTX 1.6 on an
             H100 gives NaN for them (FP8 and INT8 MatMul, FP8 Conv), and the right numbers with float32 ones.
         doomed_operators: ONNX operators that `supports_operator` approves and that then fail to parse or build.
+        rewritten_operators: ONNX operators that its parser lacks (of the Scatter ones: a reduction), and that the
+            converter expresses through others.
         plugins: Plugins can be registered.
         timing_cache: A timing cache changes build time; a compiler without tactic timing has no use for one.
         version_compatible: VERSION_COMPATIBLE engines load on later releases.
@@ -55,6 +57,7 @@ class Capabilities:
     fp8: bool
     half_quantized_products: bool
     doomed_operators: frozenset[str]
+    rewritten_operators: frozenset[str]
     plugins: bool
     timing_cache: bool
     version_compatible: bool
@@ -97,6 +100,9 @@ _DISTRIBUTIONS = {
     "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_cu13", "tensorrt_rtx_cu12"),
 }
 
+_REWRITTEN = frozenset({"DFT", "Col2Im", "ScatterElements", "ScatterND"})
+"""No parser of these releases has them."""
+
 _RTX_1_5 = Capabilities(
     needs_gpu_to_build=False,
     explicit_batch_flag=False,
@@ -112,6 +118,7 @@ _RTX_1_5 = Capabilities(
     half_quantized_products=False,
     # RTX has no plugin for NonZero, and no kernel for NonMaxSuppression.
     doomed_operators=frozenset({"NonZero", "NonMaxSuppression"}),
+    rewritten_operators=_REWRITTEN,
     plugins=False,
     timing_cache=False,
     version_compatible=False,
@@ -135,6 +142,7 @@ _TRT_10_8 = Capabilities(
     fp8=True,
     half_quantized_products=True,
     doomed_operators=frozenset(),
+    rewritten_operators=_REWRITTEN,
     plugins=True,
     timing_cache=True,
     version_compatible=True,

@@ -202,6 +202,18 @@ def test_a_constant_that_would_vanish_keeps_its_node() -> None:
         assert by_op(apply_plan(model_of(text, eps=np.float32(eps)), plan))["Add"].precision == precision
 
 
+def test_a_division_that_only_a_vanishing_constant_saves_keeps_to_float32() -> None:
+    text = "g (float[n,4] x) => (float[n,4] y) { r = ReduceL2(x, axes) c = Clip(r, eps) s = Shape(x) e = Expand(c, s) y = Div(x, e) }"  # noqa: E501
+    for eps, precision in ((1e-12, "fp32"), (1e-3, "fp16")):
+        model = model_of(text, axes=np.array([1]), eps=np.float32(eps))
+        decisions = by_op(apply_plan(model, PrecisionPlan("fp16")))
+        assert {decisions[op].precision for op in ("Clip", "Expand", "Div")} == {precision}
+        assert decisions["ReduceL2"].precision == "fp16"
+        check_types(model)
+        zero = run_model(model, {"x": np.zeros((1, 4), np.float32)})["y"]
+        assert (zero == 0).all()  # in half precision with 1e-12 it was 0 / 0
+
+
 def test_scales_below_the_normal_range_keep_their_node() -> None:
     text = "g (int8[n,2] x) => (float[n,2] y) { y = DequantizeLinear<axis = 1>(x, s) }"
     for smallest, precision in ((1e-5, "fp32"), (1e-4, "fp16")):
