@@ -49,4 +49,4 @@ def test_it_is_proved_and_built(name: str, tmp_path: Path) -> None:
         Call(CASES[name]), torch.randn(2, 8, 12), tmp_path / name, dims={"b": (1, 3, 5)}, inputs={"x": ("b", 8, 12)}
     )
     assert artifact.engine is not None
-    assert artifact.facts["measured"]["sqnr_db"] > 100
+    assert float(artifact.facts["measured"]["sqnr_db"]) > 100  # text where it is infinite
