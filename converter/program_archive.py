@@ -61,7 +61,7 @@ def read_program(path: Path) -> torch.export.ExportedProgram:
             f"{path} cannot be loaded: {type(error).__name__}: {_first_line(error)}",
             why="it was saved by another release of torch, is damaged, or uses operators or types that are registered "
             f"by code that has not been imported (this is torch {torch.__version__})",
-            fix="name that code as `custom_ops: package.module:table`, or save the program again with this torch",
+            fix="convert from its `factory` instead, or save it again with this torch and its own operators alone",
         ) from error
     # Python source from the file, which `program.module()` would compile; sizes are checked against `dims` instead.
     program._guards_code = []
