@@ -93,7 +93,7 @@ def detach_weights(model: ir.Model) -> dict[str, Array]:
         array = np.asarray(tensor.numpy())
         # Packed types have 4 bits an element; of FP8 and bfloat16, which numpy only knows by ml_dtypes, onnxruntime's
         # bindings take no array.
-        if array.nbytes != tensor.nbytes or array.dtype.isbuiltin != 1:
+        if array.nbytes != tensor.nbytes or array.dtype.kind not in "biuf":
             continue
         weights[name] = array
         value.const_value = ir.ExternalTensor(
