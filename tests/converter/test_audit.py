@@ -18,6 +18,8 @@ from trtforge.converter.progress import Stages
 from trtforge.converter.rewrites import REWRITES
 from trtforge.runtime.errors import ConfigError
 
+pytestmark = pytest.mark.slow  # a minute each on two busy cores
+
 
 class Net(nn.Module):
     def __init__(self) -> None:

@@ -13,6 +13,8 @@ from trtforge.converter.graph_edits import GraphEditor
 from trtforge.converter.rewrites import REWRITES
 from trtforge.runtime.graph import graph_hash
 
+pytestmark = pytest.mark.slow  # a minute each on two busy cores
+
 BATCH = 3
 # onnxruntime refuses nodes that share a name, whatever is done to them
 CASES = [case for case in CORPUS if case.name != "duplicate_names"]
