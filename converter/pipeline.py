@@ -243,35 +243,26 @@ class _Run:
     def _cast(
         self, plan: PrecisionPlan, reference: OnnxModel, quantization: Quantization | None, place: Path
     ) -> tuple[OnnxModel, set[Precision], PrecisionPlan]:
-        from trtforge.converter.casts import apply_plan
-        from trtforge.converter.types import check_types
-        from trtforge.runtime.graph import load_graph, save_graph
-
         if quantization is None and plan.float_default in ("fp32", "tf32") and not plan.rules:
             return reference, {plan.float_default}, plan
-        graph = load_graph(reference.path)
-        no_half: frozenset[str] = frozenset()
-        if self.backend is not None and not self.backend.capabilities.half_quantized_products:
-            from trtforge.converter.quantize import quantized_products
+        from trtforge.converter.carry import carry
+        from trtforge.converter.types import check_types
+        from trtforge.runtime.graph import save_graph
 
-            no_half = quantized_products(graph, quantization.placement if quantization else None)
-        decisions = apply_plan(graph, plan, graph=reference.hash, no_half=no_half)
-        used: set[Precision] = {decision.precision for decision in decisions} or {"fp32"}
-        if quantization is not None:
-            from trtforge.converter.quantize import quantize_graph
-
-            used |= quantize_graph(graph, quantization)
+        half_products = self.backend is None or self.backend.capabilities.half_quantized_products
+        carried = carry(reference, plan, quantization, half_products)
+        used = set(carried.used)
         if used <= {"fp32", "tf32"} and plan.keep_io:
             return reference, used, plan
-        check_types(graph)
+        check_types(carried.model)
         # What an operator's types or a weight's size decided belongs into the plan, with its reason.
         kept = [
             Rule(decision.precision, id=decision.id, origin=decision.origin, reason=decision.reason)
-            for decision in decisions
+            for decision in carried.decisions
             if decision.origin in ("type", "overflow") and not any(rule.id == decision.id for rule in plan.rules)
         ]
         reasoned = plan.with_rules(kept, graph=reference.hash) if kept else plan
-        return save_graph(graph, place), used, reasoned
+        return save_graph(carried.model, place), used, reasoned
 
     def _prove_model(self, model: OnnxModel, bench: Bench, used: set[Precision], tolerance: Tolerance) -> ParityReport:
         from trtforge.converter.prove import prove_onnx

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import onnx_ir as ir
 
 from trtforge.converter.artifact import ENGINE, PROOF, Artifact, open_artifact
-from trtforge.converter.package import device_entry, engine_facts, measured_facts, publish_proved
+from trtforge.converter.package import device_entry, engine_facts
 from trtforge.converter.profiles import engine_profiles
 from trtforge.converter.progress import Stages
-from trtforge.converter.prove import Bench, prove_engine
+from trtforge.converter.prove import Bench
 from trtforge.converter.quantize import halved_products
-from trtforge.converter.reporting import read_report
+from trtforge.converter.revalidate import copy_files, prove_again, republish
 from trtforge.converter.types import infer_types
 from trtforge.runtime.device import DeviceFacts, device_facts
 from trtforge.runtime.errors import ArtifactError
@@ -22,8 +21,6 @@ from trtforge.runtime.publish import staging_folder
 from trtforge.runtime.trt.backend import Backend, find_backend
 from trtforge.runtime.trt.build import BuildRequest, BuiltEngine, build_engine
 from trtforge.validation.golden import GoldenSet
-from trtforge.validation.proof import Proof
-from trtforge.validation.tolerance import Tolerance
 
 __all__ = ["build_artifact"]
 
@@ -62,41 +59,20 @@ def build_artifact(path: Path, *, stages: Stages, output: Path | None = None, ba
     with staging_folder(target.absolute().parent) as staging:
         folder, work = staging / "artifact", staging / "work"
         work.mkdir()
-        # Links to the engine of before would be written through: only what the new manifest lists is copied.
-        for name in artifact.manifest.files:
-            if name != ENGINE:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path / name, folder / name)
+        copy_files(artifact, folder, but=ENGINE)
         with stages.stage("build", str(found)):
             built = _build(artifact, model, found, folder / ENGINE, stages)
-        reports = tuple(r for r in read_report(path).proof.reports if r.candidate.stage != "engine")
-        runs_here = device is not None and found.capabilities.runs_on(device.compute_capability)
-        if runs_here:
+        ran = None
+        if device is not None and found.capabilities.runs_on(device.compute_capability):
             with stages.stage("prove", "engine on the GPU"):
-                report = prove_engine(
-                    built.path,
-                    built.backend,
-                    Bench(golden, path / PROOF, work, stages),
-                    graph=model.hash,
-                    inputs=model.inputs,
-                    outputs=model.outputs,
-                    precision=artifact.facts["precision"],
-                    tolerance=Tolerance.from_json(artifact.facts["tolerance"]),
-                    tf32=_tf32(artifact),
-                )
-                report.raise_unless_passed()
-                reports = (*reports, report)
-        old = read_report(path).proof
-        proof = Proof(reports, old.required, old.notes)
-        drop = ("schema", "status", "name", "files")
-        facts = {key: value for key, value in artifact.facts.items() if key not in drop}
-        facts |= {
+                bench = Bench(golden, path / PROOF, work, stages)
+                ran = prove_again(artifact, model, built.path, built.backend, bench)
+        changed = {
             "engine": engine_facts(built, tf32=_tf32(artifact)),
-            "device": device_entry(device) if device is not None and runs_here else None,
-            "measured": measured_facts(proof),
+            "device": device_entry(device) if device is not None and ran is not None else None,
         }
         with stages.stage("package"):
-            return publish_proved(folder, target, artifact.name, facts, proof, golden)
+            return republish(artifact, folder, target, golden, ran, changed)
 
 
 def _tf32(artifact: Artifact) -> bool:

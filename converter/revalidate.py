@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from trtforge.converter.artifact import PROOF, Artifact, open_artifact
 from trtforge.converter.package import device_entry, measured_facts, publish_proved
@@ -12,7 +14,7 @@ from trtforge.converter.prove import Bench, prove_engine, prove_onnx
 from trtforge.converter.reporting import read_report
 from trtforge.runtime.device import DeviceFacts, device_facts
 from trtforge.runtime.errors import ArtifactError
-from trtforge.runtime.graph import describe_model, load_graph
+from trtforge.runtime.graph import OnnxModel, describe_model, load_graph
 from trtforge.runtime.publish import staging_folder
 from trtforge.runtime.trt.backend import Backend, find_backend
 from trtforge.validation.golden import GoldenSet
@@ -20,7 +22,7 @@ from trtforge.validation.parity import ParityReport
 from trtforge.validation.proof import Proof
 from trtforge.validation.tolerance import EXPORT, Tolerance
 
-__all__ = ["check_fits", "validate_artifact"]
+__all__ = ["check_fits", "copy_files", "prove_again", "republish", "validate_artifact"]
 
 
 def validate_artifact(path: Path, *, stages: Stages, output: Path | None = None) -> Artifact:
@@ -53,10 +55,12 @@ def validate_artifact(path: Path, *, stages: Stages, output: Path | None = None)
             return _copy(artifact, staging, output)
         backend = check_fits(artifact, device)
         with stages.stage("prove", "engine on the GPU"):
-            report = _prove_engine(artifact, backend, bench)
-            report.raise_unless_passed()
+            model = describe_model(load_graph(artifact.model), artifact.model)
+            report = prove_again(artifact, model, artifact.engine, backend.name, bench)
         with stages.stage("package"):
-            return _promote(artifact, report, device, golden, staging, output or path)
+            folder = staging / "artifact"
+            copy_files(artifact, folder)
+            return republish(artifact, folder, output or path, golden, report, {"device": device_entry(device)})
 
 
 def check_fits(artifact: Artifact, device: DeviceFacts) -> Backend:
@@ -107,34 +111,55 @@ def _prove_graphs(artifact: Artifact, bench: Bench) -> None:
             report.raise_unless_passed()
 
 
-def _prove_engine(artifact: Artifact, backend: Backend, bench: Bench) -> ParityReport:
-    assert artifact.engine is not None
-    model = describe_model(load_graph(artifact.model), artifact.model)
-    return prove_engine(
-        artifact.engine,
-        backend.name,
+def prove_again(artifact: Artifact, model: OnnxModel, engine: Path, backend: str, bench: Bench) -> ParityReport:
+    """Runs an engine of an artifact's model on the GPU, under the artifact's own tolerance.
+
+    Raises:
+        ArtifactError: it does not load here.
+        ParityError: it crashed, or does not equal the model.
+    """
+    report = prove_engine(
+        engine,
+        backend,
         bench,
         graph=model.hash,
         inputs=model.inputs,
         outputs=model.outputs,
         precision=artifact.facts["precision"],
         tolerance=Tolerance.from_json(artifact.facts["tolerance"]),
-        tf32=artifact.facts["engine"]["tf32"],
+        tf32=artifact.plan.float_default == "tf32",
     )
+    report.raise_unless_passed()
+    return report
 
 
-def _promote(
-    artifact: Artifact, report: ParityReport, device: DeviceFacts, golden: GoldenSet, staging: Path, target: Path
+def republish(
+    artifact: Artifact,
+    folder: Path,
+    target: Path,
+    golden: GoldenSet,
+    ran: ParityReport | None,
+    changed: Mapping[str, Any],
 ) -> Artifact:
-    folder = staging / "artifact"
-    folder.mkdir()
-    _copy_files(artifact, folder)
+    """Publishes an artifact anew, with what its engine did this time instead of earlier.
+
+    Args:
+        artifact: As it was.
+        folder: Holds its files, with the engine of now.
+        target: Where it goes.
+        golden: Its golden set.
+        ran: The engine's report; None: it has not run.
+        changed: Entries of the manifest that are others now.
+
+    Raises:
+        ParityError: as `publish_proved`.
+    """
     old = read_report(artifact.path).proof
     kept = tuple(found for found in old.reports if found.candidate.stage != "engine")
-    proof = Proof((*kept, report), old.required, old.notes)
+    proof = Proof((*kept, ran) if ran else kept, old.required, old.notes)
     drop = ("schema", "status", "name", "files")
     facts = {key: value for key, value in artifact.facts.items() if key not in drop}
-    facts |= {"device": device_entry(device), "measured": measured_facts(proof)}
+    facts |= {**changed, "measured": measured_facts(proof)}
     return publish_proved(folder, target, artifact.name, facts, proof, golden)
 
 
@@ -149,7 +174,10 @@ def _copy(artifact: Artifact, staging: Path, output: Path | None) -> Artifact:
     return open_artifact(output)
 
 
-def _copy_files(artifact: Artifact, folder: Path) -> None:
+def copy_files(artifact: Artifact, folder: Path, *, but: str = "") -> None:
+    """Copies what the manifest lists, `but` one file, into a folder."""
     for name in artifact.manifest.files:
+        if name == but:
+            continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(artifact.path / name, folder / name)
