@@ -10,7 +10,7 @@ import onnx_ir as ir
 from trtforge.converter.assign import FLOAT_TYPES, NATURAL, Decision, assign, constant_tensor, largest_value
 from trtforge.converter.types import body_graphs, infer_types, node_types
 from trtforge.runtime.errors import ConfigError
-from trtforge.runtime.graph import META_LINE, META_MODULE, META_ORIGIN, all_graphs
+from trtforge.runtime.graph import META_LINE, META_MODULE, META_ORIGIN, all_graphs, fresh_name
 from trtforge.runtime.precision import PrecisionPlan
 
 __all__ = ["ORIGIN", "apply_plan"]
@@ -144,7 +144,7 @@ class _Caster:
                 continue
             name = value.name or ""
             replacement = self._cast(value, wanted)
-            value.name, replacement.name = self._fresh(f"{name}_{_SHORT[value.dtype]}"), name
+            value.name, replacement.name = fresh_name(f"{name}_{_SHORT[value.dtype]}", self.names), name
             graph.outputs[index] = replacement
 
     def as_type(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
@@ -166,14 +166,14 @@ class _Caster:
         if producer is not None:
             metadata |= {key: producer.metadata_props[key] for key in (META_MODULE, META_LINE)
                          if key in producer.metadata_props}  # fmt: skip
-        name = self._fresh(f"{value.name}_{_SHORT[dtype]}")
+        name = fresh_name(f"{value.name}_{_SHORT[dtype]}", self.names)
         out = ir.Value(name=name, type=ir.TensorType(dtype), shape=value.shape)
         node = ir.node(
             "Cast",
             [value],
             {"to": int(dtype)},
             outputs=[out],
-            name=self._fresh(f"{value.name}/Cast_{_SHORT[dtype]}"),
+            name=fresh_name(f"{value.name}/Cast_{_SHORT[dtype]}", self.names),
             metadata_props=metadata,
         )
         if producer is not None and producer.graph is not None:
@@ -194,7 +194,7 @@ class _Caster:
         if (dtype, clamp) not in copies:
             tensor = constant_tensor(value)
             assert tensor is not None
-            name = self._fresh(f"{value.name}_{_SHORT[dtype]}")
+            name = fresh_name(f"{value.name}_{_SHORT[dtype]}", self.names)
             converted = _convert(tensor, dtype, name, clamp)
             copy = ir.Value(
                 name=name, type=ir.TensorType(dtype), shape=ir.Shape(converted.numpy().shape), const_value=converted
@@ -211,7 +211,7 @@ class _Caster:
                     [],
                     {"value": converted},
                     outputs=[copy],
-                    name=self._fresh(f"{producer.name}_{_SHORT[dtype]}"),
+                    name=fresh_name(f"{producer.name}_{_SHORT[dtype]}", self.names),
                     metadata_props=metadata,
                 )
                 assert producer.graph is not None
@@ -244,14 +244,6 @@ class _Caster:
                 assert made is not None
                 assert made.graph is not None
                 made.graph.remove(made, safe=True)
-
-    def _fresh(self, name: str) -> str:
-        unique, count = name, 1
-        while unique in self.names:
-            count += 1
-            unique = f"{name}_{count}"
-        self.names.add(unique)
-        return unique
 
 
 def _convert(

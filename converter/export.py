@@ -175,7 +175,7 @@ def _capture(flat: FlatCall, example: ExampleInputs, dims: Mapping[str, DimRange
         return capture()
     except TrtForgeError:
         raise
-    except Exception as error:
+    except Exception as error:  # the user's model runs in there, and torch raises what it likes; passed on as the cause
         sources = {
             f"L[{identifier!r}].size()[{axis}]": dim
             for identifier, spec in zip(flat.identifiers, example.specs, strict=True)
@@ -189,7 +189,7 @@ def _translate(program: torch.export.ExportedProgram, example: ExampleInputs, op
     try:
         with _capture_settings():
             result = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, optimize=False)
-    except Exception as error:
+    except Exception as error:  # the exporter wraps whatever its translations raise; passed on as the cause
         raise explain_translation(error, program, opset) from error
     assert result is not None
     model = result.model

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trtforge.runtime.graph import all_graphs
+from trtforge.runtime.graph import all_graphs, fresh_name
 
 __all__ = ["FLOATS", "GraphEditor", "choose", "float_array", "set_array"]
 
@@ -24,17 +24,12 @@ class GraphEditor:
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self.graph = model.graph
-        self._names = {v.name for g in all_graphs(model) for v in _values(g)}
-        self._names |= {node.name for g in all_graphs(model) for node in g}
+        self._names = {v.name or "" for g in all_graphs(model) for v in _values(g)}
+        self._names |= {node.name or "" for g in all_graphs(model) for node in g}
 
     def fresh(self, base: str) -> str:
         """A name that nothing has."""
-        name, count = base, 1
-        while name in self._names:
-            count += 1
-            name = f"{base}_{count}"
-        self._names.add(name)
-        return name
+        return fresh_name(base, self._names)
 
     def constant(self, array: np.ndarray[Any, Any], base: str = "audit_constant") -> ir.Value:
         """A new initializer."""

@@ -40,7 +40,7 @@ def find_guards(capture: Callable[[], object], sources: Mapping[str, str]) -> li
     with _listen(lambda text: heard.append((text, current_line()))):
         try:
             capture()
-        except Exception:
+        except Exception:  # it failed before, which is why it is asked again
             logging.getLogger("trtforge.export").debug("captured again to find lines", exc_info=True)
     dims = {}
     for text, _ in heard:

@@ -25,6 +25,7 @@ __all__ = [
     "all_graphs",
     "describe_model",
     "dtype_name",
+    "fresh_name",
     "graph_hash",
     "load_graph",
     "node_module",
@@ -134,6 +135,16 @@ def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
         )
         specs.append(TensorSpec(value.name or "", dtype_name(value.dtype), shape))
     return tuple(specs)
+
+
+def fresh_name(base: str, taken: set[str]) -> str:
+    """`base`, or `base_2`, `base_3`, …: a name that is not taken, and is from here on."""
+    name, count = base, 1
+    while name in taken:
+        count += 1
+        name = f"{base}_{count}"
+    taken.add(name)
+    return name
 
 
 def node_module(node: ir.Node) -> str:

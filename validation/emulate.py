@@ -15,7 +15,7 @@ import ml_dtypes  # noqa: F401 - gives numpy the cast from bfloat16
 import numpy as np
 import onnx_ir as ir
 
-from trtforge.runtime.graph import META_ORIGIN, all_graphs
+from trtforge.runtime.graph import META_ORIGIN, all_graphs, fresh_name
 
 __all__ = ["emulate", "needs_emulation"]
 
@@ -53,7 +53,7 @@ def emulate(model: ir.Model) -> ir.Model:
     """
     copy = model.clone()
     low = {value: dtype for graph in _graphs(copy) for value in _values(graph) if (dtype := _low_type(value))}
-    rounder = _Rounder({value.name for graph in _graphs(copy) for value in _values(graph)})
+    rounder = _Rounder({value.name or "" for graph in _graphs(copy) for value in _values(graph)})
     output_types = [low.get(value) for value in copy.graph.outputs]
     for graph in list(_graphs(copy)):
         for value in [*graph.initializers.values(), *graph.inputs]:
@@ -111,14 +111,14 @@ def _widen_attributes(node: ir.Node) -> None:
 class _Rounder:
     """Inserts Cast nodes under names that the graph does not have yet."""
 
-    def __init__(self, names: set[str | None]) -> None:
+    def __init__(self, names: set[str]) -> None:
         self.names = names
 
     def round(self, value: ir.Value, node: ir.Node, dtype: ir.DataType) -> None:
         """Puts casts to `dtype` and back behind `value`; the rounded tensor takes its name."""
         assert node.graph is not None
         rounded = _float_like(value, value.name)
-        value.name = self._fresh(f"{value.name}_unrounded")
+        value.name = fresh_name(f"{value.name}_unrounded", self.names)
         value.replace_all_uses_with(rounded, replace_graph_outputs=True)
         down = self._cast(value, dtype)
         node.graph.insert_after(node, [down, self._cast(down.outputs[0], ir.DataType.FLOAT, rounded)])
@@ -147,18 +147,10 @@ class _Rounder:
                 graph.outputs[index] = cast.outputs[0]
 
     def _cast(self, value: ir.Value, dtype: ir.DataType, out: ir.Value | None = None) -> ir.Node:
-        name = self._fresh(f"{value.name}_{dtype.name.lower()}")
+        name = fresh_name(f"{value.name}_{dtype.name.lower()}", self.names)
         out = out or ir.Value(name=name, type=ir.TensorType(dtype), shape=value.shape)
         metadata = {META_ORIGIN: "emulate"}
         return ir.node("Cast", [value], {"to": int(dtype)}, outputs=[out], name=f"{name}/Cast", metadata_props=metadata)
-
-    def _fresh(self, name: str) -> str:
-        unique, count = name, 1
-        while unique in self.names:
-            count += 1
-            unique = f"{name}_{count}"
-        self.names.add(unique)
-        return unique
 
 
 def _float_like(value: ir.Value, name: str | None) -> ir.Value:
