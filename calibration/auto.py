@@ -57,7 +57,7 @@ def choose_ranges(collected: Collected, method: Method = "auto") -> Ranges:
     """
     described = describe_method(method)
     tensors = {name: choose_range(histogram, method) for name, histogram in collected.histograms.items()}
-    return Ranges(tensors, made_from(collected, described))
+    return Ranges(tensors, made_from(collected, described), collected.smoothing)
 
 
 def made_from(collected: Collected, method: str) -> MadeFrom:

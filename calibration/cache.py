@@ -25,8 +25,8 @@ _MEANING: Mapping[str, str] = {
 }
 
 
-def save_ranges(path: Path, ranges: Ranges) -> None:
-    """Writes ranges; equal ranges give equal bytes.
+def save_ranges(path: Path, ranges: Ranges, fit: Mapping[str, Any] | None = None) -> None:
+    """Writes ranges; equal ranges give equal bytes. `fit` is a record of what was done with them, and not read again.
 
     Raises:
         ArtifactError: the file cannot be written.
@@ -48,6 +48,8 @@ def save_ranges(path: Path, ranges: Ranges) -> None:
                 "batch": made.batch,
             },
             "tensors": {name: found.to_json() for name, found in ranges.tensors.items()},
+            **({"smoothing": {name: list(s) for name, s in ranges.smoothing.items()}} if ranges.smoothing else {}),
+            **({"fit": dict(fit)} if fit else {}),
         },
     )
 
@@ -63,15 +65,18 @@ def load_ranges(path: Path) -> Ranges:
         made: dict[str, Any] = dict(data["made_from"])
         made["shapes"] = {name: tuple(tuple(shape) for shape in shapes) for name, shapes in made["shapes"].items()}
         tensors = {name: TensorRange.from_json(found) for name, found in data["tensors"].items()}
-        return Ranges(tensors, MadeFrom(**made))
+        smoothing = {name: tuple(map(float, factors)) for name, factors in data.get("smoothing", {}).items()}
+        return Ranges(tensors, MadeFrom(**made), smoothing)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
             f"{path} is damaged: {type(error).__name__} {error}", fix="delete it and calibrate again"
         ) from error
 
 
-def differences(cached: Ranges, wanted: MadeFrom, tensors: Iterable[str]) -> tuple[str, ...]:
-    """Why `cached` cannot be used where ranges of `tensors`, made from `wanted`, are needed; () where it can.
+def differences(
+    cached: Ranges, wanted: MadeFrom, tensors: Iterable[str], smoothing: Mapping[str, tuple[float, ...]] | None = None
+) -> tuple[str, ...]:
+    """Why `cached` cannot be used where ranges of `tensors`, from `wanted` behind `smoothing`, are needed; () where it can.
 
     Each is a phrase with both values: "the method was 'max' and is 'auto'".
     """
@@ -81,6 +86,10 @@ def differences(cached: Ranges, wanted: MadeFrom, tensors: Iterable[str]) -> tup
         for name, meaning in _MEANING.items()
         if getattr(made, name) != getattr(wanted, name)
     ]
+    if dict(cached.smoothing) != dict(smoothing or {}):
+        found.append(
+            f"{len(cached.smoothing)} tensors were smoothed, and {len(smoothing or {})} are, or by other factors"
+        )
     missing = [name for name in tensors if name not in cached]
     if missing:
         found.append(f"{len(missing)} tensors have no range, {missing[0]!r} first")

@@ -18,7 +18,15 @@ from trtforge.runtime.graph import OnnxModel
 from trtforge.runtime.runner import Array
 from trtforge.runtime.specs import InputSpec, Profile
 
-__all__ = ["Calibrated", "calibrate", "run_shard"]
+__all__ = ["Calibrated", "Smoothed", "calibrate", "run_shard"]
+
+
+@dataclass(frozen=True, slots=True)
+class Smoothed:
+    """Where a smoothed graph comes from: the hash of the graph as exported, and the factors (`smoothing`)."""
+
+    graph: str
+    factors: Mapping[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,7 @@ def calibrate(
     batches: int | None = None,
     cache: Path | None = None,
     provider: str = "cpu",
+    smoothed: Smoothed | None = None,
     on_samples: OnSamples | None = None,
 ) -> Calibrated:
     """The ranges of `tensors` in the float model, over the data of `source`.
@@ -65,6 +74,7 @@ def calibrate(
             and written where they are not. The data is read and hashed for that; an iterator, which can be read only
             once, is calibrated on in any case.
         provider: "cpu" or "cuda".
+        smoothed: What `model` was made from, by dividing tensors; None where it is the graph as exported.
         on_samples: Told how many samples have run.
 
     Raises:
@@ -76,10 +86,11 @@ def calibrate(
     read = functools.partial(_read, source, specs, profiles, batches)
     why_not: tuple[str, ...] = ()
     if cache is not None and cache.exists():
-        cached, why_not = _look(cache, model, tensors, source, read, method, provider)
+        cached, why_not = _look(cache, model, tensors, source, read, method, provider, smoothed)
         if cached is not None:
             return Calibrated(cached, True, (), {})
     collected = collect(model, tensors, read(), provider=provider, on_samples=on_samples)
+    _mark(collected, smoothed)
     ranges = choose_ranges(collected, method)
     if cache is not None:
         save_ranges(cache, ranges)
@@ -100,6 +111,7 @@ def _look(
     read: functools.partial[Iterator[dict[str, Array]]],
     method: Method,
     provider: str,
+    smoothed: Smoothed | None,
 ) -> tuple[Ranges | None, tuple[str, ...]]:
     try:
         cached = load_ranges(cache)
@@ -107,11 +119,18 @@ def _look(
         return None, (error.what,)
     if isinstance(source, Iterator):
         return None, ("the data is an iterator, which cannot be read a second time to compare it",)
-    if cached.made_from.graph != model.hash:  # no need to read the data
-        return None, (f"the model was {cached.made_from.graph[:12]!r} and is {model.hash[:12]!r}",)
+    graph = smoothed.graph if smoothed is not None else model.hash
+    if cached.made_from.graph != graph:  # no need to read the data
+        return None, (f"the model was {cached.made_from.graph[:12]!r} and is {graph[:12]!r}",)
     wanted: Collected = scan(model, read(), provider=provider)
-    found = differences(cached, made_from(wanted, describe_method(method)), tensors)
+    _mark(wanted, smoothed)
+    found = differences(cached, made_from(wanted, describe_method(method)), tensors, wanted.smoothing)
     return (None, found) if found else (cached.select(tensors), ())
+
+
+def _mark(collected: Collected, smoothed: Smoothed | None) -> None:
+    if smoothed is not None:
+        collected.graph, collected.smoothing = smoothed.graph, smoothed.factors
 
 
 def run_shard(
@@ -124,8 +143,11 @@ def run_shard(
     *,
     batches: int | None = None,
     provider: str = "cpu",
+    smoothed: Smoothed | None = None,
     on_samples: OnSamples | None = None,
 ) -> Collected:
     """The state of one part of the data, for `save_part`; arguments and errors as for `calibrate`."""
     data = read_batches(source, specs, profiles, batches)
-    return collect(model, tensors, data, provider=provider, shard=shard, on_samples=on_samples)
+    collected = collect(model, tensors, data, provider=provider, shard=shard, on_samples=on_samples)
+    _mark(collected, smoothed)
+    return collected

@@ -1,36 +1,29 @@
-"""One pass over the data: every batch runs through the float model once, and leaves nothing behind but histograms.
-
-Where the batch is a dimension of its own, samples run one at a time, as many side by side as there are cores: kernels
-choose their order of summation by the batch size, so this is what makes the result equal to the bit for any batch size;
-it holds one sample's activations a core, not a batch's, and needs no synchronisation inside operators.
-"""
+"""One pass over the data: every batch runs through the float model once and leaves nothing but histograms behind."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import queue
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from trtforge.calibration.histogram import Histogram, merge
+from trtforge.calibration.stream import (
+    OnSamples,
+    Unit,
+    count_workers,
+    hash_sample,
+    run_units,
+    split_units,
+    splits_samples,
+)
 from trtforge.calibration.taps import Taps
 from trtforge.runtime.errors import CalibrationError
 from trtforge.runtime.graph import OnnxModel
 from trtforge.runtime.onnx_runner import onnxruntime_version
 from trtforge.runtime.runner import Array, Tensors
-from trtforge.runtime.specs import TensorSpec
 
 __all__ = ["Collected", "OnSamples", "Shard", "collect", "merge_collected", "scan"]
 
-OnSamples = Callable[[int], None]
-"""Called in the caller's thread with the number of samples that have run so far."""
-
-_MAX_WORKERS = 8
 _HASH_BITS = 256
 
 
@@ -68,6 +61,7 @@ class Collected:
         provider: The onnxruntime provider.
         onnxruntime: Its version.
         shards: The parts of the data in it.
+        smoothing: What `graph` was smoothed by before it ran; see `Ranges`.
     """
 
     histograms: dict[str, Histogram]
@@ -79,6 +73,7 @@ class Collected:
     provider: str = ""
     onnxruntime: str = ""
     shards: tuple[Shard, ...] = (Shard(),)
+    smoothing: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def collect(
@@ -114,10 +109,10 @@ def collect(
         Exception: whatever `batches` raises, as it is.
     """
     if by_sample is None:
-        by_sample = _splits(model, provider)
-    count = (workers or min(_usable_cores(), _MAX_WORKERS)) if by_sample else 1
+        by_sample = splits_samples(model, provider)
+    count = (workers if by_sample else None) or count_workers(by_sample=by_sample)
     taps = Taps(model.path, tensors, threads=1 if by_sample else None, provider=provider)
-    units = _units(batches, by_sample=by_sample)
+    units = split_units(batches, by_sample=by_sample)
     mine = (unit for number, unit in enumerate(units) if shard.holds(number))
     found = _run(taps, tensors, mine, count, on_samples)
     if found.samples == 0:
@@ -133,9 +128,9 @@ def collect(
 
 def scan(model: OnnxModel, batches: Iterable[Tensors], *, provider: str = "cpu") -> Collected:
     """What `collect` would say of the data, without running the model: no histograms, but samples, hash and shapes."""
-    by_sample = _splits(model, provider)
+    by_sample = splits_samples(model, provider)
     found = Collected({})
-    for unit in _units(batches, by_sample=by_sample):
+    for unit in split_units(batches, by_sample=by_sample):
         _note(found, unit)
     found.graph, found.batch, found.provider = model.hash, "sample" if by_sample else "loader", provider
     found.onnxruntime = onnxruntime_version()
@@ -157,7 +152,13 @@ def merge_collected(parts: Sequence[Collected]) -> Collected:
     shards = tuple(sorted((s for part in parts for s in part.shards), key=lambda s: (s.total, s.index)))
     _check_complete(shards)
     whole = Collected(
-        dict(first.histograms), 0, 0, {}, first.graph, first.batch, first.provider, first.onnxruntime, shards
+        dict(first.histograms),
+        graph=first.graph,
+        batch=first.batch,
+        provider=first.provider,
+        onnxruntime=first.onnxruntime,
+        shards=shards,
+        smoothing=first.smoothing,
     )
     for part in parts:
         _add(whole, part, histograms=part is not first)
@@ -180,6 +181,7 @@ def _check_same(first: Collected, other: Collected) -> None:
         ("tensors", sorted(first.histograms), sorted(other.histograms)),
         ("providers", first.provider, other.provider),
         ("versions of onnxruntime", first.onnxruntime, other.onnxruntime),
+        ("smoothing factors of tensors", sorted(first.smoothing.items()), sorted(other.smoothing.items())),
         ("ways to batch", first.batch, other.batch),
         ("numbers of shards", {s.total for s in first.shards}, {s.total for s in other.shards}),
     ):
@@ -201,49 +203,14 @@ def _check_complete(shards: Sequence[Shard]) -> None:
         raise CalibrationError(f"the parts are not the whole data; {what}", fix="merge each of the shards once")
 
 
-@dataclass(slots=True)
-class _Unit:
-    """What runs at once: a sample or a batch, and how errors call it."""
-
-    feeds: Tensors
-    samples: int
-    where: str
-
-
-def _splits(model: OnnxModel, provider: str) -> bool:
-    return _batch_dim(model.inputs) is not None and provider == "cpu"
-
-
-def _batch_dim(inputs: Sequence[TensorSpec]) -> str | None:
-    """The dynamic dimension with which every input begins."""
-    first = {spec.shape[0] if spec.shape else None for spec in inputs}
-    dim = first.pop() if len(first) == 1 else None
-    return dim if isinstance(dim, str) and dim != "?" else None
-
-
-def _units(batches: Iterable[Tensors], *, by_sample: bool) -> Iterator[_Unit]:
-    for index, batch in enumerate(batches):
-        size = min((array.shape[0] for array in batch.values() if array.ndim), default=1)
-        if not by_sample:
-            yield _Unit(batch, size, f"batch {index}")
-            continue
-        for row in range(size):
-            feeds = {name: array[row : row + 1] for name, array in batch.items()}
-            yield _Unit(feeds, 1, f"batch {index}, sample {row}")
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _run(
-    taps: Taps, tensors: Sequence[str], units: Iterator[_Unit], workers: int, on_samples: OnSamples | None
+    taps: Taps, tensors: Sequence[str], units: Iterable[Unit], workers: int, on_samples: OnSamples | None
 ) -> Collected:
     states: queue.SimpleQueue[Collected] = queue.SimpleQueue()
     for _ in range(workers):
         states.put(Collected({name: Histogram() for name in tensors}))
 
-    def work(unit: _Unit) -> int:
+    def work(unit: Unit) -> int:
         state = states.get()
         try:
             _take(state, taps.run(unit.feeds), unit)
@@ -251,51 +218,29 @@ def _run(
             states.put(state)
         return unit.samples
 
-    done = 0
-    waiting: deque[Future[int]] = deque()
-
-    def finish_first() -> None:
-        nonlocal done
-        done += waiting.popleft().result()
-        if on_samples is not None:
-            on_samples(done)
-
-    with ThreadPoolExecutor(workers, thread_name_prefix="calibrate") as pool:
-        try:
-            for unit in units:
-                if done == 0 and not waiting:
-                    taps.settle(unit.feeds)
-                if len(waiting) > workers:  # one more than runs, so that no worker waits for the loader's thread
-                    finish_first()
-                waiting.append(pool.submit(work, unit))
-            while waiting:
-                finish_first()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    run_units(_settled(taps, units), work, workers, on_samples)
     whole = states.get()
     for _ in range(workers - 1):
         _add(whole, states.get())
     return whole
 
 
-def _take(state: Collected, activations: Mapping[str, Array], unit: _Unit) -> None:
+def _settled(taps: Taps, units: Iterable[Unit]) -> Iterator[Unit]:
+    """The units; the first has settled the taps before any of them runs."""
+    for number, unit in enumerate(units):
+        if number == 0:
+            taps.settle(unit.feeds)
+        yield unit
+
+
+def _take(state: Collected, activations: Mapping[str, Array], unit: Unit) -> None:
     for name, array in activations.items():
         state.histograms[name].add(array, where=f"tensor {name!r} in {unit.where}")
     _note(state, unit)
 
 
-def _note(state: Collected, unit: _Unit) -> None:
+def _note(state: Collected, unit: Unit) -> None:
     state.samples += unit.samples
-    state.data = (state.data + _hash(unit.feeds)) % (1 << _HASH_BITS)
+    state.data = (state.data + hash_sample(unit.feeds)) % (1 << _HASH_BITS)
     for name, feed in unit.feeds.items():
         state.shapes.setdefault(name, set()).add(feed.shape[1:])
-
-
-def _hash(feeds: Tensors) -> int:
-    digest = hashlib.sha256()
-    for name in sorted(feeds):
-        array = feeds[name]
-        digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return int.from_bytes(digest.digest(), "big")

@@ -36,6 +36,7 @@ def save_part(path: Path, part: Collected) -> None:
             "samples": part.samples,
             "data": f"{part.data:064x}",
             "shapes": {name: sorted(map(list, shapes)) for name, shapes in part.shapes.items()},
+            "smoothing": {name: list(factors) for name, factors in part.smoothing.items()},
             "histograms": {name: _write(histogram) for name, histogram in part.histograms.items()},
         },
     )
@@ -59,6 +60,7 @@ def load_part(path: Path) -> Collected:
             data["provider"],
             data["onnxruntime"],
             tuple(Shard(index, total) for index, total in data["shards"]),
+            {name: tuple(map(float, factors)) for name, factors in data.get("smoothing", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError, CalibrationError) as error:
         raise ArtifactError(f"{path} is damaged: {type(error).__name__} {error}", fix="run that shard again") from error

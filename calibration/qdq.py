@@ -15,9 +15,18 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from trtforge.calibration.bias import apply_corrections
+from trtforge.calibration.fit import Fit
 from trtforge.calibration.placement import Placement, QuantizedTensor, Use
 from trtforge.calibration.ranges import QuantFormat, Ranges
-from trtforge.calibration.weights import constant_array, fit_scale, is_constant, quantize_weight
+from trtforge.calibration.weights import (
+    FittedWeight,
+    constant_array,
+    fit_scale,
+    fit_scales,
+    is_constant,
+    quantize_weight,
+)
 from trtforge.runtime.errors import CalibrationError
 from trtforge.runtime.graph import META_LINE, META_MODULE, META_ORIGIN
 from trtforge.runtime.suggest import nearest
@@ -48,7 +57,12 @@ class InsertReport:
 
 
 def insert_qdq(
-    model: ir.Model, placement: Placement, ranges: Ranges, *, missing: Literal["raise", "float"] = "raise"
+    model: ir.Model,
+    placement: Placement,
+    ranges: Ranges,
+    fit: Fit | None = None,
+    *,
+    missing: Literal["raise", "float"] = "raise",
 ) -> InsertReport:
     """Inserts what `placement` says, in place. Inputs that read a DequantizeLinear already are left as they are.
 
@@ -56,6 +70,7 @@ def insert_qdq(
         model: The graph that the placement was made for, or one with the same ids, cast since.
         placement: What to quantize.
         ranges: A range for each of `placement.measured`.
+        fit: Codes and biases fitted to the data; None stores each weight's nearest codes, and changes no bias.
         missing: What to do about a tensor without a range: fail, or leave every node that reads it in float.
 
     Returns:
@@ -87,8 +102,12 @@ def insert_qdq(
     for tensor in placement.tensors:
         writer.quantize_tensor(tensor, ranges)
     for weight in placement.weights:
-        writer.quantize_weight(weight.uses, weight.format, weight.axis)
+        fitted = fit.weights.get(weight.uses[0].node) if fit is not None and weight.format == "int8" else None
+        writer.quantize_weight(weight.uses, weight.format, weight.axis, fitted)
     writer.drop_unused()
+    if fit is not None:
+        placed = set(placement.nodes)
+        apply_corrections(model, {node: delta for node, delta in fit.biases.items() if node in placed})
     return InsertReport(writer.pairs, writer.weights, tuple(sorted(in_float)), writer.bytes_saved)
 
 
@@ -125,13 +144,18 @@ class _Writer:
             self._connect(uses, dequantize.outputs[0], [quantize, dequantize])
             self.pairs += 1
 
-    def quantize_weight(self, uses: tuple[Use, ...], format: QuantFormat, axis: int | None) -> None:
+    def quantize_weight(
+        self, uses: tuple[Use, ...], format: QuantFormat, axis: int | None, fitted: FittedWeight | None
+    ) -> None:
         for value, same in self._by_value(uses).items():
             dtype = self._dtype(value, same)
             self._check_opset(format, dtype)
             name = value.name or ""
             array = constant_array(value)
-            codes, scales = quantize_weight(name, array, axis, format, dtype)
+            if fitted is None:
+                codes, scales = quantize_weight(name, array, axis, format, dtype)
+            else:
+                codes, scales = fitted.codes, fit_scales(fitted.scales, format, dtype)
             base = name if axis is None else f"{name}_axis{axis}"
             stored = self._initializer(f"{base}_codes", ir.Tensor(codes, dtype=_CODES[format]))
             arguments = self._parameters(base, scales, format, dtype)

@@ -110,10 +110,15 @@ class MadeFrom:
 
 @dataclass(frozen=True, slots=True)
 class Ranges:
-    """Ranges by tensor name, and what they were made from."""
+    """Ranges by tensor name, and what they were made from.
+
+    `smoothing` has, by tensor name, what each channel was divided by before (`trtforge.calibration.smoothing`); the
+    ranges are those of the graph with that done.
+    """
 
     tensors: Mapping[str, TensorRange]
     made_from: MadeFrom = field(default_factory=MadeFrom)
+    smoothing: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> TensorRange:
         """The range of a tensor.

@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from trtforge.calibration.fit import Fit
 from trtforge.calibration.placement import quantizable_tensors
 from trtforge.calibration.qdq import insert_qdq
 from trtforge.calibration.ranges import Ranges
@@ -123,6 +124,7 @@ def rank_layers(
     score: Score | None = None,
     strategy: Literal["each", "bisect"] = "each",
     worst: int = 8,
+    fit: Fit | None = None,
     attention: bool = True,
     provider: str = "cpu",
     threads: int | None = None,
@@ -139,6 +141,7 @@ def rank_layers(
         strategy: "each" measures every layer. "bisect" measures halves, and goes on in the half that gains most, until
             `worst` layers are found: fewer runs where layers are many and few of them harmful.
         worst: How many layers "bisect" looks for.
+        fit: Codes and biases fitted to the data, as for `insert_qdq`.
         attention: As for `quantizable_tensors`.
         provider: The onnxruntime provider, "cpu" or "cuda".
         threads: Threads of onnxruntime; None leaves it the choice.
@@ -149,7 +152,9 @@ def rank_layers(
         CalibrationError: no samples, nothing to quantize, or ranges that do not fit.
     """
     start = time.perf_counter()
-    bench = _Bench(model, ranges, plan, samples, score, attention=attention, provider=provider, threads=threads)
+    bench = _Bench(
+        model, ranges, plan, samples, score, fit=fit, attention=attention, provider=provider, threads=threads
+    )
     if not bench.layers:
         raise CalibrationError("the plan quantizes no layer of this model", fix="give it a rule for int8 or fp8")
     quantized = bench.measure(frozenset())
@@ -183,12 +188,15 @@ def score_plan(
     samples: Iterable[Tensors],
     *,
     score: Score | None = None,
+    fit: Fit | None = None,
     attention: bool = True,
     provider: str = "cpu",
     threads: int | None = None,
 ) -> float:
     """The score of a whole plan's quantization, measured as `rank_layers` does: its arguments, its errors."""
-    bench = _Bench(model, ranges, plan, samples, score, attention=attention, provider=provider, threads=threads)
+    bench = _Bench(
+        model, ranges, plan, samples, score, fit=fit, attention=attention, provider=provider, threads=threads
+    )
     return bench.measure(frozenset())
 
 
@@ -248,6 +256,7 @@ class _Bench:
         samples: Iterable[Tensors],
         score: Score | None,
         *,
+        fit: Fit | None,
         attention: bool,
         provider: str,
         threads: int | None,
@@ -257,7 +266,7 @@ class _Bench:
             raise CalibrationError("there are no samples to measure sensitivity on", fix="give at least one")
         self.placement = quantizable_tensors(model, plan, attention=attention)
         self.layers = self.placement.nodes
-        self.ranges = ranges
+        self.ranges, self.fit = ranges, fit
         self.score = score or worst_sqnr
         self.provider = provider
         self.threads = threads
@@ -271,7 +280,7 @@ class _Bench:
         """The score with these layers in float and all others quantized."""
         self.runs += 1
         variant = ir.from_proto(self.proto)
-        insert_qdq(variant, self.placement.without(in_float), self.ranges)
+        insert_qdq(variant, self.placement.without(in_float), self.ranges, self.fit)
         return self.score(self.reference, self._run(variant))
 
     def _run(self, model: ir.Model) -> list[Tensors]:

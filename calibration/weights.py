@@ -7,6 +7,7 @@ EfficientNet-Lite0 is 17.0 dB with it and 17.1 without (activations alone give 1
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -17,9 +18,27 @@ from numpy.typing import NDArray
 from trtforge.calibration.ranges import CODE_MAX, QuantFormat, quant_scale
 from trtforge.runtime.errors import CalibrationError
 
-__all__ = ["channel_axis", "constant_array", "constant_shape", "fit_scale", "is_constant", "quantize_weight"]
+__all__ = [
+    "FittedWeight",
+    "channel_axis",
+    "constant_array",
+    "constant_shape",
+    "fit_scale",
+    "fit_scales",
+    "is_constant",
+    "quantize_weight",
+]
 
 Floats = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FittedWeight:
+    """A weight as it is stored: codes of its shape, and float32 scales of shape `(channels,)` or `()`."""
+
+    codes: Floats
+    scales: Floats
+
 
 _PASS_THROUGH = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """What frameworks put between an initializer and its consumer: layouts (TensorFlow, Paddle) and precision casts."""
@@ -145,6 +164,12 @@ def fit_scale(scale: float, format: QuantFormat, dtype: ir.DataType) -> float:
     return float(np.float32(scale))
 
 
+def fit_scales(scales: Floats, format: QuantFormat, dtype: ir.DataType) -> Floats:
+    """`fit_scale` of each; float32 of the same shape."""
+    fitted = [fit_scale(float(scale), format, dtype) for scale in np.ravel(scales)]
+    return np.array(fitted, dtype=np.float32).reshape(np.shape(scales))
+
+
 def quantize_weight(
     name: str, weight: Floats, axis: int | None, format: QuantFormat, dtype: ir.DataType
 ) -> tuple[Floats, Floats]:
@@ -174,8 +199,8 @@ def quantize_weight(
         )
     others = tuple(i for i in range(values.ndim) if i != axis) if axis is not None else None
     amax = np.max(np.abs(values), axis=others, initial=0.0)
-    fitted = [fit_scale(quant_scale(float(peak), format), format, dtype) for peak in np.ravel(amax)]
-    scales = np.array(fitted, dtype=np.float32).reshape(np.shape(amax))
+    exact = np.array([quant_scale(float(peak), format) for peak in np.ravel(amax)]).reshape(np.shape(amax))
+    scales = fit_scales(exact, format, dtype)
     shape = [-1 if i == axis else 1 for i in range(values.ndim)]
     # Both divided and rounded as QuantizeLinear does: in float32, half to even.
     quotient = values / (scales.reshape(shape) if axis is not None else scales)
