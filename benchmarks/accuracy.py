@@ -1,11 +1,12 @@
 """EfficientNet-Lite0 in INT8: how often its first choice is the float model's, on photographs it was not calibrated on.
 
-    python benchmarks/accuracy.py [--method auto] [--keep 0] [--crops 1000] [--json]
+    python benchmarks/accuracy.py [--method auto] [--keep 0] [--crops 1000] [--plain]
 
 Calibration and evaluation use crops of different pictures of scikit-image; the weights are the trained ones. The INT8
 model runs on onnxruntime with fake quantization, everything else in float32, and is compared with the float model.
-`--keep N` first ranks layers by measured harm on calibration crops, by bisection, and leaves the worst N in float. The
-interval is a bootstrap over pictures: crops of one picture are not independent.
+`--keep N` then ranks layers by measured harm on four batches of calibration crops, as `trtforge calibrate` does for its
+`--sensitivity N`, and leaves the worst N in float. `--plain` fits nothing: ranges and nearest codes alone. The interval
+is a bootstrap over pictures: crops of one picture are not independent.
 """
 
 from __future__ import annotations
@@ -65,25 +66,46 @@ def logits(model: Path, data: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([runner.run({"inputs": batch})["output"] for batch in data])
 
 
-def keep_worst(folder: Path, method: str, data: list[np.ndarray], plan: trtforge.PrecisionPlan, keep: int) -> trtforge.PrecisionPlan:  # fmt: skip  # noqa: E501
-    from trtforge.calibration.cache import load_ranges
+def keep_worst(
+    folder: Path, data: list[dict[str, np.ndarray]], plan: trtforge.PrecisionPlan, keep: int
+) -> trtforge.PrecisionPlan:
+    """The plan that `trtforge calibrate --sensitivity KEEP` writes: every layer measured, on four batches."""
     from trtforge.calibration.sensitivity import keep_in_float, rank_layers
+    from trtforge.calibration.smoothing import apply_smoothing
+    from trtforge.converter.quantize import read_ranges
     from trtforge.converter.types import infer_types
-    from trtforge.runtime.graph import graph_hash, node_refs
+    from trtforge.runtime.graph import describe_model, graph_hash, node_refs
 
-    graph = load_graph(folder / "reference.onnx")
+    path = folder / "reference.onnx"
+    graph = load_graph(path)
+    hashed = graph_hash(graph)
+    found = read_ranges(folder / "calibration.json", describe_model(graph, path), plan)
     infer_types(graph)
-    samples = [{"inputs": batch} for batch in data[:4]]
-    ranked = rank_layers(graph, load_ranges(folder / "calibration.json"), plan, samples, strategy="bisect", worst=keep)
-    return keep_in_float(plan, ranked, keep, node_refs(graph), graph_hash(graph))
+    apply_smoothing(graph, found.before or found.placement, found.ranges.smoothing)
+    ranked = rank_layers(graph, found.ranges, plan, data[:4], fit=found.fit)
+    return keep_in_float(plan, ranked, keep, node_refs(graph), hashed)
+
+
+def judge(truth: np.ndarray, found: np.ndarray, named: list[tuple[str, np.ndarray]]) -> dict[str, object]:
+    agree = truth.argmax(1) == found.argmax(1)
+    by_picture = [agree[[n == picture for n, _ in named]].mean() for picture in EVALUATION]
+    rng = np.random.default_rng(0)
+    means = [np.mean(rng.choice(by_picture, len(by_picture))) for _ in range(2000)]
+    return {
+        "crops": len(agree),
+        "agreement": float(agree.mean()),
+        "interval_95": [float(q) for q in np.quantile(means, [0.025, 0.975])],
+        "by_picture": dict(zip(EVALUATION, map(float, by_picture), strict=True)),
+        "sqnr_db": float(10 * np.log10((truth**2).sum() / ((truth - found) ** 2).sum())),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", default="auto")
     parser.add_argument("--keep", type=int, default=0)
+    parser.add_argument("--plain", action="store_true", help="ranges alone: nothing fitted")
     parser.add_argument("--crops", type=int, default=1000)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
     model = efficientnet_lite0().eval()
@@ -109,29 +131,22 @@ def main() -> None:
             inputs={"inputs": ("batch", 3, SIZE, SIZE)},
             calibration=calibration,
             calibration_method=options.method,
+            smoothing=not options.plain,
+            rounding=not options.plain,
+            bias_correction=not options.plain,
             validation=calibration[:4],
         )
 
     with tempfile.TemporaryDirectory() as name:
         artifact = convert(Path(name) / "int8", plan)
+        truth = logits(artifact.reference, data)
+        results = {options.method: judge(truth, logits(artifact.model, data), named)}
         if options.keep:
-            plan = keep_worst(artifact.path, options.method, calibration, plan, options.keep)
+            samples = [{"inputs": batch} for batch in calibration]
+            plan = keep_worst(artifact.path, samples, plan, options.keep)
             artifact = convert(Path(name) / "mended", plan)
-        truth, found = logits(artifact.reference, data), logits(artifact.model, data)
-    agree = truth.argmax(1) == found.argmax(1)
-    by_picture = [agree[[n == picture for n, _ in named]].mean() for picture in EVALUATION]
-    rng = np.random.default_rng(0)
-    means = [np.mean(rng.choice(by_picture, len(by_picture))) for _ in range(2000)]
-    result = {
-        "method": options.method,
-        "in_float": len(plan.rules),
-        "crops": len(agree),
-        "agreement": float(agree.mean()),
-        "interval_95": [float(q) for q in np.quantile(means, [0.025, 0.975])],
-        "by_picture": dict(zip(EVALUATION, map(float, by_picture), strict=True)),
-        "sqnr_db": float(10 * np.log10((truth**2).sum() / ((truth - found) ** 2).sum())),
-    }
-    print(json.dumps(result, indent=2) if options.json else result)
+            results[f"{len(plan.rules)} layers in float"] = judge(truth, logits(artifact.model, data), named)
+    print(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def load_ranges(path: Path) -> Ranges:
 def differences(
     cached: Ranges, wanted: MadeFrom, tensors: Iterable[str], smoothing: Mapping[str, tuple[float, ...]] | None = None
 ) -> tuple[str, ...]:
-    """Why `cached` cannot be used where ranges of `tensors`, from `wanted` behind `smoothing`, are needed; () where it can.
+    """Why `cached` is not what ranges of `tensors`, made from `wanted` behind `smoothing`, would be; () where it is.
 
     Each is a phrase with both values: "the method was 'max' and is 'auto'".
     """

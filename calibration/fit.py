@@ -8,8 +8,11 @@ ConvTranspose, and products of sequences keep the nearest codes.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +24,12 @@ from trtforge.calibration.placement import Placement, QuantizedWeight
 from trtforge.calibration.ranges import Ranges
 from trtforge.calibration.rounding import output_noise, round_weights
 from trtforge.calibration.weights import FittedWeight, constant_array, constant_shape, quantize_weight
+from trtforge.runtime.errors import ArtifactError
 from trtforge.runtime.graph import OnnxModel, load_graph
 from trtforge.runtime.runner import Tensors
+from trtforge.runtime.tensors import load_tensors, save_tensors
 
-__all__ = ["Fit", "FitSettings", "LayerFit", "fit_weights"]
+__all__ = ["Fit", "FitSettings", "LayerFit", "describe_key", "fit_weights", "load_fit", "save_fit"]
 
 Floats = NDArray[np.float64]
 
@@ -73,17 +78,42 @@ class Fit:
         biases: float32 of shape (output channels,), for `apply_corrections`.
         layers: In the graph's order.
         settings: As `FitSettings.describe` writes them.
+        key: `describe_key` of what it was made from.
     """
 
     weights: Mapping[str, FittedWeight] = field(default_factory=dict)
     biases: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     layers: tuple[LayerFit, ...] = ()
     settings: str = ""
+    key: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Settings and layers; not the arrays."""
+        """Settings, key and layers; not the arrays."""
         layers = [{name: getattr(layer, name) for name in LayerFit.__slots__} for layer in self.layers]
-        return {"settings": self.settings, "layers": layers}
+        return {"settings": self.settings, "key": self.key, "layers": layers}
+
+
+def describe_key(graph: str, ranges: Ranges, settings: FitSettings, dtype: ir.DataType) -> str:
+    """SHA-256 of what a fit depends on; it is used for nothing else.
+
+    Args:
+        graph: Hash of the graph as exported.
+        ranges: With what they were made from, and the smoothing.
+        settings: What is fitted.
+        dtype: The float type that scales are exact in.
+    """
+    made = ranges.made_from
+    facts = {
+        "graph": graph,
+        "data": made.data,
+        "provider": made.provider,
+        "versions": dict(made.versions),
+        "ranges": {name: found.amax for name, found in ranges.tensors.items()},
+        "smoothing": dict(ranges.smoothing),
+        "settings": settings.describe(),
+        "dtype": dtype.name,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def fit_weights(
@@ -111,8 +141,9 @@ def fit_weights(
         CalibrationError: a tensor has no range, a weight is not finite, or there are no samples.
         ParityError: onnxruntime failed.
     """
+    key = describe_key(ranges.made_from.graph or model.hash, ranges, settings, dtype)
     if not (settings.rounding or settings.bias):
-        return Fit(settings=settings.describe())
+        return Fit(settings=settings.describe(), key=key)
     graph = load_graph(model.path)
     nodes = {node.name or "": node for node in graph.graph}
     layers = _layers(nodes, placement, ranges)
@@ -139,7 +170,7 @@ def fit_weights(
             if settings.bias:
                 biases[name] = delta.astype(np.float32)
     ordered = tuple(facts[name] for name in nodes if name in facts)
-    return Fit(weights if settings.rounding else {}, biases, ordered, settings.describe())
+    return Fit(weights if settings.rounding else {}, biases, ordered, settings.describe(), key)
 
 
 def _layers(nodes: Mapping[str, ir.Node], placement: Placement, ranges: Ranges) -> dict[str, Layer]:
@@ -215,7 +246,9 @@ class _Job:
         return LayerFit(name, nearest, fitted, shift)
 
     def _covariance(self) -> Floats | None:
-        """Of all layers that read the weight, summed."""
+        """Of all layers that read the weight, summed; None with fewer rows than inputs, which would fit noise."""
+        if any(moments.count < layer.inputs for layer, moments in self.readers.values()):
+            return None
         found = [moments.covariance() for _, moments in self.readers.values()]
         shapes = {None if one is None else one.shape for one in found}
         if None in shapes or len(shapes) > 1:
@@ -239,3 +272,39 @@ class _Job:
 
 def _decibels(signal: float, noise: float) -> float | None:
     return 10 * float(np.log10(signal / noise)) if signal > 0 and noise > 0 else None
+
+
+def save_fit(path: Path, fit: Fit) -> None:
+    """Writes codes, scales and biases as safetensors, the rest as its metadata; equal fits give equal bytes.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
+    arrays: dict[str, NDArray[Any]] = {f"bias/{node}": delta for node, delta in fit.biases.items()}
+    for node, weight in fit.weights.items():
+        arrays |= {f"codes/{node}": weight.codes, f"scales/{node}": weight.scales}
+    save_tensors(path, arrays, {"fit": json.dumps(fit.to_json(), sort_keys=True)})
+
+
+def load_fit(path: Path) -> Fit:
+    """Reads what `save_fit` wrote.
+
+    Raises:
+        ArtifactError: it cannot be read, or is no such file.
+    """
+    arrays, metadata = load_tensors(path)
+    try:
+        facts = json.loads(metadata["fit"])
+        layers = tuple(LayerFit(**layer) for layer in facts["layers"])
+        names = [name.removeprefix("codes/") for name in arrays if name.startswith("codes/")]
+        weights = {name: FittedWeight(arrays[f"codes/{name}"], arrays[f"scales/{name}"]) for name in names}
+        biases = {
+            name.removeprefix("bias/"): np.asarray(array, np.float32)
+            for name, array in arrays.items()
+            if name.startswith("bias/")
+        }
+        return Fit(weights, biases, layers, facts["settings"], facts["key"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} is damaged: {type(error).__name__} {error}", fix="delete it and calibrate again"
+        ) from error

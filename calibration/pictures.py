@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trtforge.calibration.fit import LayerFit
 from trtforge.calibration.histogram import Histogram
 from trtforge.calibration.ranges import QuantFormat, Ranges, TensorRange
 from trtforge.runtime.errors import ArtifactError, MissingDependencyError
@@ -26,9 +27,16 @@ figure{display:inline-block;margin:.5em;width:23em}figcaption{overflow-wrap:anyw
 
 
 def write_page(
-    path: Path, ranges: Ranges, histograms: Mapping[str, Histogram], *, format: QuantFormat = "int8", title: str = ""
+    path: Path,
+    ranges: Ranges,
+    histograms: Mapping[str, Histogram],
+    *,
+    format: QuantFormat = "int8",
+    title: str = "",
+    layers: Sequence[LayerFit] = (),
 ) -> None:
-    """Writes one HTML file that needs no other: a table of all tensors, worst SQNR first, and their histograms as SVG.
+    """Writes one HTML file that needs no other: a table of all tensors, worst SQNR first, and their histograms as SVG;
+    and what fitting did to the weights of `layers`.
 
     Raises:
         ArtifactError: the file cannot be written.
@@ -45,6 +53,7 @@ def write_page(
         f"<table><tr><th>tensor<th>method<th>{format} scale<th>threshold<th>largest<th>clipped<th>SQNR (dB)</tr>",
         *(_row(name, ranges[name], format) for name in order),
         "</table>",
+        *_fit_table(layers),
     ]
     for name in order:
         if name in histograms:
@@ -103,6 +112,17 @@ def _row(name: str, found: TensorRange, format: QuantFormat) -> str:
         _show(found.sqnr_db, "{:.1f}"),
     ]
     return "<tr>" + "".join(f"<td>{cell}" for cell in cells) + "</tr>"
+
+
+def _fit_table(layers: Sequence[LayerFit]) -> list[str]:
+    if not layers:
+        return []
+    head = "<h2>Weights</h2><table><tr><th>layer<th>nearest codes (dB)<th>fitted (dB)<th>bias shift / output std</tr>"
+    rows = []
+    for layer in layers:
+        figures = (_show(layer.nearest_db, "{:.1f}"), _show(layer.fitted_db, "{:.1f}"), f"{layer.bias_shift:.4f}")
+        rows.append("<tr>" + "".join(f"<td>{cell}" for cell in (html.escape(layer.node), *figures)) + "</tr>")
+    return [head, *rows, "</table>"]
 
 
 def _show(value: float | None, form: str) -> str:

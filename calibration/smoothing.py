@@ -58,13 +58,19 @@ def measure_smoothing(model: OnnxModel, placement: Placement, samples: Sequence[
     taps = Taps(model.path, [tensor.name for tensor in able], threads=None, provider="cpu")
     peaks: dict[str, Floats] = {}
     squares: dict[str, Floats] = {}
+    counts: dict[str, int] = {}
     for feeds in samples:
         for name, array in taps.run(feeds).items():
             rows = array.reshape(-1, array.shape[-1]).astype(np.float64)
+            counts[name] = counts.get(name, 0) + len(rows)
             peaks[name] = np.maximum(peaks.get(name, 0.0), np.abs(rows).max(axis=0))
             squares[name] = squares.get(name, 0.0) + np.mean(rows * rows, axis=0) / len(samples)
     found: dict[str, tuple[float, ...]] = {}
     for tensor in able:
+        if counts[tensor.name] < len(peaks[tensor.name]):
+            # One row a sample (a classifier's head) shows too little of each channel: its largest value is not the
+            # largest of data to come, which would saturate.
+            continue
         weights = [_weight(nodes[use.node]) for use in tensor.uses]
         factors = _choose(peaks[tensor.name], squares[tensor.name], np.concatenate(weights))
         if factors is not None:

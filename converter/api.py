@@ -53,6 +53,9 @@ def convert(
     outputs: Sequence[str] = (),
     calibration: object | None = None,
     calibration_method: Method = "auto",
+    smoothing: bool = True,
+    rounding: bool = True,
+    bias_correction: bool = True,
     validation: object | None = None,
     tolerance: Mapping[str, float] | None = None,
     accuracy: Mapping[str, Any] | None = None,
@@ -81,6 +84,9 @@ def convert(
         outputs: Names for the outputs; by default the keys and fields of what the model returns.
         calibration: Data for int8 and fp8 ranges: a DataLoader, Dataset, or any re-iterable of batches.
         calibration_method: "auto", "entropy", "percentile", "mse" or "max".
+        smoothing: int8: move outliers of matrix products' inputs into the weights, where that pays.
+        rounding: int8: round weights by their effect on the output, not each to its nearest code.
+        bias_correction: int8: take out of biases what quantization adds to outputs on average.
         validation: Real data to prove on, in the same forms, beside generated inputs.
         tolerance: Limits that replace the precision's defaults: sqnr_db, cosine, max_abs_over_std, atol, rtol.
         accuracy: A budget of task accuracy: `{"metric": "top1", "data": loader, "max_drop": 0.005}`, the loader giving
@@ -113,7 +119,11 @@ def convert(
         outputs=tuple(outputs),
         plan=plan,
         search=parse_search(search, auto=asks_auto(precision)),
-        calibration=None if calibration is None else Calibration(method=calibration_method),
+        calibration=None
+        if calibration is None
+        else Calibration(
+            method=calibration_method, smoothing=smoothing, rounding=rounding, bias_correction=bias_correction
+        ),
         validation=Validation(tolerance=dict(tolerance or {}), accuracy=budget),
         target=Target(backend, tuple(compute_capabilities), opset, optimization_level, workspace_mib),
     )

@@ -16,11 +16,20 @@ from trtforge.calibration.parts import load_part, save_part
 from trtforge.calibration.placement import Placement
 from trtforge.calibration.ranges import Ranges
 from trtforge.calibration.sensitivity import keep_in_float, rank_layers
+from trtforge.calibration.smoothing import apply_smoothing
 from trtforge.calibration.trt_cache import ranges_from_trt_cache, read_trt_cache, write_trt_cache
 from trtforge.converter.config import Calibration, ConversionConfig
 from trtforge.converter.pipeline import find_buildable
 from trtforge.converter.progress import Event, Stages
-from trtforge.converter.quantize import calibration_source, find_ranges, make_placement
+from trtforge.converter.quantize import (
+    Quantization,
+    calibration_source,
+    find_ranges,
+    make_placement,
+    prepare,
+    read_ranges,
+    write_ranges,
+)
 from trtforge.converter.reference import Reference, make_reference
 from trtforge.converter.sources import load_source
 from trtforge.converter.types import infer_types
@@ -98,37 +107,43 @@ def calibrate_model(config: ConversionConfig, ask: Ask, stages: Stages) -> Calib
         with stages.stage("calibrate"):
             if ask.shard is not None:
                 calibration = config.calibration or Calibration()
+                source = calibration_source(config, None)
+                prepared = prepare(config, source, reference.model, plan, reference.specs, folder, stages)
                 part = run_shard(
-                    reference.model,
-                    placement.measured,
-                    calibration_source(config, None),
+                    prepared.model,
+                    prepared.placement.measured,
+                    source,
                     reference.specs,
                     ask.shard,
                     config.profiles,
                     batches=calibration.batches,
+                    smoothed=prepared.smoothed,
                 )
                 save_part(ask.output, part)
                 done.facts |= {"shard": f"{ask.shard.index}/{ask.shard.total}", "samples": part.samples}
                 return done
-            done.ranges = _ranges(config, ask, reference, placement, stages, done.facts)
-            save_ranges(ask.output, done.ranges)
+            found = _quantization(config, ask, plan, reference, placement, folder, stages, done.facts)
+            done.ranges = found.ranges
+            write_ranges(ask.output, found)
             if ask.export_cache is not None:
                 write_trt_cache(done.ranges, ask.export_cache, ask.trt_version)
                 done.facts["exported"] = str(ask.export_cache)
         if ask.keep is not None:
             with stages.stage("sensitivity"):
-                _rank(config, ask, plan, reference, done, stages)
+                _rank(config, ask, plan, reference, found, done, stages)
     return done
 
 
-def _ranges(
+def _quantization(
     config: ConversionConfig,
     ask: Ask,
+    plan: PrecisionPlan,
     reference: Reference,
     placement: Placement,
+    folder: Path,
     stages: Stages,
     facts: dict[str, Any],
-) -> Ranges:
+) -> Quantization:
     if ask.import_cache is not None:
         graph = load_graph(reference.model.path)
         infer_types(graph)
@@ -139,36 +154,50 @@ def _ranges(
             "unnamed": list(report.unnamed),
             "missing": list(report.missing),
         }
-        return ranges
+        return Quantization(placement, ranges)
     if ask.merge:
         method = (config.calibration or Calibration()).method
+        # No data is read here: the fit is made by whoever has it, or left out.
         ranges = choose_ranges(merge_collected([load_part(path) for path in ask.merge]), method)
+        save_ranges(ask.output, ranges)
+        found = read_ranges(ask.output, reference.model, plan)
     else:
+        if ask.export_cache is not None:
+            # A cache of TensorRT's names tensors of the graph as it is; there are none behind a Mul of ours in it.
+            config = replace(config, calibration=replace(config.calibration or Calibration(), smoothing=False))
         known = ask.output.exists()
-        found = find_ranges(config, None, reference.model, placement, reference.specs, stages, cache=ask.output)
-        ranges = found.ranges
+        found = find_ranges(config, None, reference.model, plan, reference.specs, stages, work=folder, cache=ask.output)
         facts["reused"] = known and not found.histograms
-    facts |= {"samples": ranges.made_from.samples, "method": ranges.made_from.method}
-    return ranges
+    made = found.ranges.made_from
+    facts |= {"samples": made.samples, "method": made.method, "smoothed": len(found.ranges.smoothing)}
+    facts["fitted"] = found.fit.settings if found.fit is not None else "nothing"
+    return found
 
 
 def _rank(
-    config: ConversionConfig, ask: Ask, plan: PrecisionPlan, reference: Reference, done: Calibrated, stages: Stages
+    config: ConversionConfig,
+    ask: Ask,
+    plan: PrecisionPlan,
+    reference: Reference,
+    found: Quantization,
+    done: Calibrated,
+    stages: Stages,
 ) -> None:
-    assert done.ranges is not None
     assert ask.keep is not None
     graph = load_graph(reference.model.path)
     infer_types(graph)
+    if found.ranges.smoothing:
+        apply_smoothing(graph, found.before or found.placement, found.ranges.smoothing)
     source = calibration_source(config, None)
     samples = list(read_batches(source, reference.specs, config.profiles, limit=_SENSITIVITY_BATCHES))
 
     def tell(event: dict[str, Any]) -> None:
         stages.on_event(Event("progress", stages.current, event.get("layer", ""), event["done"], event["total"]))
 
-    found = rank_layers(graph, done.ranges, plan, samples, on_event=tell)
-    mended = keep_in_float(plan, found, ask.keep, node_refs(graph), reference.model.hash)
+    ranking = rank_layers(graph, found.ranges, plan, samples, fit=found.fit, on_event=tell)
+    mended = keep_in_float(plan, ranking, ask.keep, node_refs(graph), reference.model.hash)
     place = ask.plan_output or ask.output.with_suffix(".plan.yaml")
     partial = place.with_name(f".{place.name}.partial")
     partial.write_text(mended.to_yaml(), encoding="utf-8")
     partial.replace(place)
-    done.facts |= {"sensitivity": found.to_json(), "plan": str(place)}
+    done.facts |= {"sensitivity": ranking.to_json(), "plan": str(place)}

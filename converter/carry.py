@@ -7,11 +7,17 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from trtforge.calibration.cache import load_ranges
 from trtforge.calibration.ranges import Ranges
 from trtforge.converter.assign import Decision
 from trtforge.converter.casts import apply_plan
-from trtforge.converter.quantize import CALIBRATION, Quantization, make_placement, quantize_graph, quantized_products
+from trtforge.converter.quantize import (
+    CALIBRATION,
+    Quantization,
+    make_placement,
+    quantize_graph,
+    quantized_products,
+    read_ranges,
+)
 from trtforge.converter.types import check_types
 from trtforge.runtime.graph import OnnxModel, load_graph
 from trtforge.runtime.precision import Precision, PrecisionPlan
@@ -70,8 +76,10 @@ def carry_out(reference: OnnxModel, plan: PrecisionPlan, folder: Path, *, half_p
     quantization = None
     if plan.quantizes:
         placement = make_placement(reference, plan)
-        ranges = Ranges({}) if placement.existing else load_ranges(folder / CALIBRATION)
-        quantization = Quantization(placement, ranges)
+        carries = placement.existing > 0
+        quantization = (
+            Quantization(placement, Ranges({})) if carries else read_ranges(folder / CALIBRATION, reference, plan)
+        )
     carried = carry(reference, plan, quantization, half_products)
     check_types(carried.model, strict=False)
     return carried

@@ -82,12 +82,21 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Data and method for ranges, or a file of them. `loader` is None where Python gives live data."""
+    """Data and method for ranges, or a file of them. `loader` is None where Python gives live data.
+
+    Attributes:
+        smoothing: Outliers of matrix products' inputs move into weights, where that pays.
+        rounding: Weights are rounded by their effect on the output, not each to its nearest code.
+        bias_correction: What is left of the mean error goes into biases.
+    """
 
     loader: Loader | None = None
     method: Method = "auto"
     batches: int | None = None
     ranges: Path | None = None
+    smoothing: bool = True
+    rounding: bool = True
+    bias_correction: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,6 +407,9 @@ def _resolve(name: str, model_name: str, model: ModelSection, source: YamlSource
             model.calibration.method,
             model.calibration.batches,
             None if model.calibration.ranges is None else folder / model.calibration.ranges,
+            model.calibration.smoothing,
+            model.calibration.rounding,
+            model.calibration.bias_correction,
         ),
         validation=Validation(
             _loader(model.validation),

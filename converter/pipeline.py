@@ -211,16 +211,29 @@ class _Run:
         return read_data(self.config, validation.loader, self.live.validation, specs, validation.batches) or ()
 
     def _calibrate(self, plan: PrecisionPlan, reference: OnnxModel, specs: tuple[InputSpec, ...]) -> Quantization:
-        from trtforge.converter.quantize import find_ranges, make_placement, read_ranges
+        from trtforge.calibration.ranges import Ranges
+        from trtforge.converter.quantize import (
+            Quantization,
+            find_ranges,
+            fit_settings,
+            make_placement,
+            read_ranges,
+        )
 
         placement = make_placement(reference, plan)
         calibration = self.config.calibration or Calibration()
         if placement.existing:
             self.stages.note(f"the model carries {placement.existing} DequantizeLinear: it is not calibrated again")
-        if calibration.ranges is not None and not placement.existing:
-            found = read_ranges(calibration.ranges, reference, placement)
+            return Quantization(placement, Ranges({}))
+        if calibration.ranges is not None:
+            found = read_ranges(calibration.ranges, reference, plan, fit_settings(calibration))
+            if found.fit is None:
+                self.stages.note(
+                    f"weights get their nearest codes: no fit for these ranges is beside {calibration.ranges}"
+                )
         else:
-            found = find_ranges(self.config, self.live.calibration, reference, placement, specs, self.stages)
+            live = self.live.calibration
+            found = find_ranges(self.config, live, reference, plan, specs, self.stages, work=self.work)
         return found
 
     def _prove_export(self, reference: OnnxModel, bench: Bench) -> ParityReport:

@@ -81,6 +81,9 @@ class CalibrationSection(LoaderSection):
     method: Literal["auto", "entropy", "percentile", "mse", "max"] = "auto"
     batches: Positive | None = None
     ranges: str | None = None
+    smoothing: Annotated[bool, Field(strict=True)] = True
+    rounding: Annotated[bool, Field(strict=True)] = True
+    bias_correction: Annotated[bool, Field(strict=True)] = True
 
 
 class ToleranceSection(Section):

@@ -223,7 +223,16 @@ def _hash_attribute(attribute: ir.Attr, digest: hashlib._Hash, numbers: dict[ir.
         for tensor in attribute.as_tensors():
             _hash_tensor(tensor, digest, weights=weights)
     else:
-        digest.update(f"={attribute.type} {attribute.value!r}\n".encode())
+        digest.update(f"={attribute.type} {_stored(attribute)!r}\n".encode())
+
+
+def _stored(attribute: ir.Attr) -> object:
+    """The value as a file holds it: a float attribute is a double in memory until it has been saved and read."""
+    if attribute.type == ir.AttributeType.FLOAT:
+        return float(np.float32(attribute.as_float()))
+    if attribute.type == ir.AttributeType.FLOATS:
+        return tuple(float(np.float32(value)) for value in attribute.as_floats())
+    return attribute.value
 
 
 def _hash_tensor(tensor: ir.TensorProtocol, digest: hashlib._Hash, *, weights: bool) -> None:
