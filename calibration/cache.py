@@ -25,8 +25,8 @@ _MEANING: Mapping[str, str] = {
 }
 
 
-def save_ranges(path: Path, ranges: Ranges, fit: Mapping[str, Any] | None = None) -> None:
-    """Writes ranges; equal ranges give equal bytes. `fit` is a record of what was done with them, and not read again.
+def save_ranges(path: Path, ranges: Ranges) -> None:
+    """Writes ranges; equal ranges give equal bytes.
 
     Raises:
         ArtifactError: the file cannot be written.
@@ -49,7 +49,6 @@ def save_ranges(path: Path, ranges: Ranges, fit: Mapping[str, Any] | None = None
             },
             "tensors": {name: found.to_json() for name, found in ranges.tensors.items()},
             **({"smoothing": {name: list(s) for name, s in ranges.smoothing.items()}} if ranges.smoothing else {}),
-            **({"fit": dict(fit)} if fit else {}),
         },
     )
 

@@ -383,5 +383,5 @@ def write_ranges(path: Path, found: Quantization) -> None:
         beside.unlink(missing_ok=True)  # it belongs to other ranges
         save_ranges(path, found.ranges)
         return
-    save_ranges(path, found.ranges, found.fit.to_json())
+    save_ranges(path, found.ranges)
     save_fit(beside, found.fit)
