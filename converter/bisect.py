@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -196,7 +197,12 @@ class _Search:
     def _blame(self, search: Bisection, location: Location) -> Blame:
         piece = search.isolate(location)
         differences = find_differences(
-            self.graph, piece, location.nodes, lambda model: self.run_reference(model, [{}])[0]
+            self.graph,
+            piece,
+            location.nodes,
+            lambda model: self.run_reference(model, [{}])[0],
+            # Without calibration the constants are the reference's.
+            (lambda: self.planned) if self.plan.quantizes else None,
         )
         nodes = location.nodes
         if differences:
@@ -245,6 +251,13 @@ class _Search:
             if math.isfinite(left) and left <= location.before + _MENDED * added:
                 return option.rules, trial, model
         return None
+
+    @functools.cached_property
+    def planned(self) -> ir.Model:
+        """The graph that the artifact's own plan and calibration give."""
+        model = carry_out(self.reference, self.plan, self.folder, half_products=self.half_products).model
+        infer_types(model)
+        return model
 
     def _carried_again(self, plan: PrecisionPlan) -> ParityReport:
         """The plan carried out afresh on the reference: tells what the candidate should have been."""

@@ -102,7 +102,7 @@ def write_int8(**more: Any) -> str:
     settings: dict[str, Any] = {
         "precision": "int8",
         "calibration": {"loader": "blame_data:images", "method": "max"},
-        "validation": {"loader": "blame_data:images", "tolerance": {"sqnr_db": 20}},
+        "validation": {"loader": "blame_data:images", "tolerance": {"sqnr_db": 30}},
     }
     return write("outlier", shape=("batch", 3, 8, 8), name="input", **{**settings, **more})
 
@@ -118,7 +118,7 @@ def test_one_layer_that_int8_breaks(run: Run) -> None:
     (blame,) = found["blames"]
     assert (blame["op"], blame["module"], blame["kind"]) == ("Conv", "two", "rounding")
     assert blame["rules"] == ["module: two, op: Conv, precision: fp16"]
-    assert found["measured"]["after"]["sqnr_db"] > 20 > found["measured"]["before"]["sqnr_db"]
+    assert found["measured"]["after"]["sqnr_db"] > 30 > found["measured"]["before"]["sqnr_db"]
 
 
 def test_the_stored_plan_carried_out_again_is_the_same_graph(run: Run) -> None:
