@@ -22,21 +22,25 @@ from trtforge.runtime.inputs import numpy_dtype
 from trtforge.runtime.onnx_runner import run_onnx
 from trtforge.runtime.precision import Precision
 from trtforge.runtime.runner import Array, Runner, Tensors
-from trtforge.runtime.specs import InputSpec, TensorSpec
+from trtforge.runtime.specs import InputSpec, Profile, TensorSpec
 from trtforge.runtime.suggest import nearest
 from trtforge.runtime.tensors import group_samples, load_tensors, save_tensors
 from trtforge.validation.accuracy import AccuracyReport, AccuracyResult, Budget, judge
 from trtforge.validation.accuracy_interval import RESAMPLES
 from trtforge.validation.accuracy_metrics import Metric, Scores, find_metric, user_metric
+from trtforge.validation.golden import GoldenSet, Sample, sizes_of
 from trtforge.validation.metrics import Sums, add_sums, is_float, sum_errors
 from trtforge.validation.parity import Stage
 
-__all__ = ["LABELLED", "LabelledSet", "Run", "record_labelled"]
+__all__ = ["LABELLED", "WORST", "LabelledSet", "Run", "record_labelled"]
 
 LABELLED = "accuracy"
 """In a failed artifact: every sample's score, and the samples that suffered most."""
 _CHUNK_BYTES = 96 << 20
+WORST = "worst"
+"""Beneath it: the golden set of those samples."""
 _WORST = 32
+_WORST_BATCHES = 4
 _WHOLE_RESAMPLES = 400
 """Where each resample is a call of the user's own function."""
 
@@ -70,7 +74,10 @@ class Run:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelledSet:
-    """Labelled samples, recorded once so that every candidate sees the same, and PyTorch's scores on them."""
+    """Labelled samples, recorded once so that every candidate sees the same, and PyTorch's scores on them.
+
+    `alone`: a batch of one sample is within a profile.
+    """
 
     accuracy: Accuracy
     budget: Budget
@@ -78,6 +85,9 @@ class LabelledSet:
     output: str | None
     chunks: tuple[_Chunk, ...]
     reference: Scores
+    reference_runner: tuple[str, str]
+    specs: tuple[InputSpec, ...]
+    alone: bool
     work: Path
     stages: Stages
 
@@ -127,40 +137,50 @@ class LabelledSet:
         order = np.argsort(-loss, kind="stable")
         return [int(index) for index in order[:_WORST] if loss[index] > 0]
 
-    def samples(self, chosen: list[int]) -> Iterator[tuple[int, Tensors]]:
-        """Inputs of some samples by their numbers, each as a batch of one."""
-        wanted, start = set(chosen), 0
-        for chunk in self.chunks:
-            tensors, _ = load_tensors(chunk.inputs)
-            for feeds in group_samples(tensors).values():
-                size = len(next(iter(feeds.values())))
-                for index in sorted(wanted & set(range(start, start + size))):
-                    at = index - start
-                    yield index, {name: array[at : at + 1] for name, array in feeds.items()}
-                start += size
-
-    def batches(self, chosen: Sequence[int], most: int) -> Iterator[tuple[int, Tensors]]:
+    def batches(self, chosen: Sequence[int], most: int) -> Iterator[Sample]:
         """The first `most` batches that hold some of the samples, by number: as many rows as the loader gave."""
-        start, number, left = 0, 0, most
+        for number, (start, feeds, truth) in enumerate(self._recorded()):
+            if most and any(start <= index < start + _rows(feeds) for index in chosen):
+                most -= 1
+                yield self._sample(f"labelled-batch-{number}", feeds, truth)
+
+    def worst_set(self, run: Run) -> GoldenSet:
+        """The samples that lost most, with PyTorch's outputs: each alone, where a batch of one is allowed."""
+        worst = set(self.worst(run))
+        found = tuple(self._singles(worst) if self.alone else self.batches(sorted(worst), _WORST_BATCHES))
+        return GoldenSet(found, *self.reference_runner)
+
+    def _singles(self, chosen: set[int]) -> Iterator[Sample]:
+        for start, feeds, truth in self._recorded():
+            for index in sorted(chosen & set(range(start, start + _rows(feeds)))):
+                at = slice(index - start, index - start + 1)
+                sides = [{name: array[at] for name, array in side.items()} for side in (feeds, truth)]
+                yield self._sample(f"labelled-{index}", *sides)
+
+    def _recorded(self) -> Iterator[tuple[int, Tensors, Tensors]]:
+        """Each batch: the number of its first sample, its inputs, PyTorch's outputs."""
+        start = 0
         for chunk in self.chunks:
-            tensors, _ = load_tensors(chunk.inputs)
-            for feeds in group_samples(tensors).values():
-                size = len(next(iter(feeds.values())))
-                if left and any(start <= index < start + size for index in chosen):
-                    left -= 1
-                    yield number, feeds
-                start, number = start + size, number + 1
+            inputs, truth = (group_samples(load_tensors(path)[0]) for path in (chunk.inputs, chunk.truth))
+            for name, feeds in inputs.items():
+                yield start, feeds, truth[name]
+                start += _rows(feeds)
+
+    def _sample(self, name: str, feeds: Tensors, truth: Tensors) -> Sample:
+        return Sample(name, sizes_of(self.specs, feeds, name=name), None, feeds, truth)
 
     def save_failure(self, run: Run, folder: Path) -> None:
-        """Writes every sample's score, PyTorch's and the candidate's, and the inputs of the samples that lost most."""
+        """Writes every sample's score, PyTorch's and the candidate's, and the samples that lost most.
+
+        These are a golden set of their own in `WORST`: `trtforge bisect` finds there what the proof's inputs missed.
+        """
         folder.mkdir(exist_ok=True)
         if run.scores.rows.shape[1]:
             rows = {"reference": self.reference.rows, "candidate": run.scores.rows}
             save_tensors(folder / "scores.safetensors", rows, {"metric": self.metric.name})
-        worst = self.worst(run)
-        arrays = {f"sample-{i}/{name}": array for i, feeds in self.samples(worst) for name, array in feeds.items()}
-        if arrays:
-            save_tensors(folder / "worst.safetensors", arrays)
+        worst = self.worst_set(run)
+        if worst.samples:
+            worst.save(folder / WORST)
 
     def _run(self, execute: Callable[[Path, Path], dict[str, Any]], inputs: tuple[TensorSpec, ...], note: str) -> Run:
         tally = _Tally(self.metric, self.output)
@@ -213,7 +233,7 @@ def record_labelled(
         )
     folder.mkdir(parents=True, exist_ok=True)
     batches = read_labelled(source, specs, config.profiles, accuracy.batches, wanted=accuracy.labels == "loader")
-    recorder = _Recorder(config, accuracy, runner, folder)
+    recorder = _Recorder(config, accuracy, runner, specs, folder)
     for feeds, labels in batches:
         recorder.add(feeds, labels)
         stages.on_event(Event("progress", stages.current, "labelled samples", recorder.count))
@@ -227,6 +247,7 @@ class _Recorder:
     config: ConversionConfig
     accuracy: Accuracy
     runner: Runner
+    specs: tuple[InputSpec, ...]
     folder: Path
     count: int = 0
     tally: _Tally | None = None
@@ -280,6 +301,9 @@ class _Recorder:
             self.output,
             tuple(self.chunks),
             self.tally.scores(),
+            (self.runner.name, self.runner.version),
+            self.specs,
+            _takes_one(self.specs, self.config.profiles),
             self.folder,
             stages,
         )
@@ -344,6 +368,16 @@ class _Tally:
             _joined(self.labels) if whole else None,
             self.not_finite,
         )
+
+
+def _takes_one(specs: Sequence[InputSpec], profiles: Sequence[Profile]) -> bool:
+    """Whether one sample alone is within a profile: samples lie along the first axis of every input."""
+    leading = {spec.shape[0] if spec.shape else 0 for spec in specs}
+    return any(all(dim == 1 or (isinstance(dim, str) and p[dim].min <= 1) for dim in leading) for p in profiles)
+
+
+def _rows(feeds: Tensors) -> int:
+    return len(next(iter(feeds.values())))
 
 
 def _joined(parts: list[Any]) -> Any:

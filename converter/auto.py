@@ -153,7 +153,8 @@ def _try(bench: Workbench, plan: PrecisionPlan, kind: Precision, search: Search)
     plan = bench.guard(plan)
     high: Precision = plan.base if kind in QUANTIZED else "fp32"
     plain = bench.look(plan)
-    if plain.passed or kind in ("fp32", "tf32") or search.looks < 2:
+    # What is not built gives no measure to mend by.
+    if plain.passed or "unbuilt" in plain.facts or kind in ("fp32", "tf32") or search.looks < 2:
         return Row(kind, plan, plain, plain, (), high, bench.evaluations - before)
     units = bench.units(plan, kind)
     feeds = bench.calibration_feeds() if kind in QUANTIZED else bench.failing_feeds(plain)

@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from trtforge.converter.accuracy import LABELLED, WORST
 from trtforge.converter.artifact import MODEL, PLAN, PROOF, REFERENCE
 from trtforge.converter.carry import carry_out
 from trtforge.converter.finding import Blame, Finding, Outcome
@@ -136,13 +137,26 @@ class _Search:
             if not (folder / name).exists():
                 raise ArtifactError(f"{folder} has no {name}", fix="convert again")
         self.plan = PrecisionPlan.load(folder / PLAN)
-        self.golden = GoldenSet.load(folder / PROOF)
+        self.golden = self._load_samples()
         self.graph = load_graph(folder / REFERENCE)
         infer_types(self.graph)
         self.reference: OnnxModel = describe_model(self.graph, folder / REFERENCE)
         self.half_products = _half_products(self.facts)
         self.nodes = {node.name: node for node in self.graph.graph}
         self.runs = {"reference": 0, "candidate": 0}
+
+    def _load_samples(self) -> GoldenSet:
+        """The golden set; and what lost most against the accuracy budget, which may be what that set misses."""
+        golden = GoldenSet.load(self.folder / PROOF)
+        worst = self.folder / LABELLED / WORST
+        if not worst.is_dir():
+            return golden
+        found = GoldenSet.load(worst).samples
+        self.notes.append(
+            f"{len(found)} samples that lost most against the accuracy budget are compared beside the "
+            f"{len(golden.samples)} of the proof; whether the budget is kept, a conversion shows"
+        )
+        return replace(golden, samples=(*golden.samples, *found))
 
     def find(self) -> Finding:
         path = self.folder / (MODEL if (self.folder / MODEL).exists() else REFERENCE)

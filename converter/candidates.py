@@ -16,7 +16,7 @@ from trtforge.converter.quantize import Quantization, make_placement
 from trtforge.converter.search import Group, Score, Unit
 from trtforge.converter.types import infer_types
 from trtforge.runtime.child import ChildCrashError
-from trtforge.runtime.errors import BuildError, ParityError
+from trtforge.runtime.errors import ArtifactError, BuildError, ParityError
 from trtforge.runtime.graph import OnnxModel, load_graph, node_refs
 from trtforge.runtime.onnx_runner import run_onnx
 from trtforge.runtime.precision import QUANTIZED, NodeRef, Precision, PrecisionPlan, Rule
@@ -176,7 +176,7 @@ class Workbench:
         samples = {s.name: s.inputs for s in self.bench.golden.samples if s.name in names}
         if self.labelled is not None:
             chosen = score.facts.get("worst", ())
-            samples |= {f"labelled-{number}": feeds for number, feeds in self.labelled.batches(chosen, _FAILING)}
+            samples |= {s.name: s.inputs for s in self.labelled.batches(chosen, _FAILING)}
         if not samples:
             smallest = sorted(self.bench.golden.samples, key=lambda s: sum(a.nbytes for a in s.inputs.values()))
             samples = {s.name: s.inputs for s in smallest[:_FAILING]}
@@ -189,7 +189,10 @@ class Workbench:
         ]
 
     def look(self, plan: PrecisionPlan) -> Score:
-        """Runs a plan over everything: the golden set, the labelled samples, and on a GPU the engine and a clock."""
+        """Runs a plan over everything: the golden set, the labelled samples, and on a GPU the engine and a clock.
+
+        A candidate that TensorRT does not build, or whose engine breaks, has not passed; facts say "unbuilt".
+        """
         self.evaluations += 1
         place = self.bench.work / "candidate.onnx"
         model, used, _ = self.realize(plan, self.quantization(plan), place)
@@ -216,8 +219,10 @@ class Workbench:
                     )
                 if self.labelled is not None:
                     run = self.labelled.run_onnx(model, used, "candidate")
-        except (BuildError, ParityError) as error:
-            return Score(False, str(error.what), None, math.inf, {"size": size})
+        except BuildError as error:
+            return Score(False, error.what, None, math.inf, {"size": size, "unbuilt": True})
+        except (ParityError, ArtifactError, ChildCrashError) as error:  # this candidate's engine; others may run
+            return Score(False, error.what, None, math.inf, {"size": size})
         return self._score(plan, used, report, run, latency, size)
 
     def _score(

@@ -13,8 +13,14 @@ import pytest
 
 import trtforge
 from trtforge.converter import cli
+from trtforge.converter.bisect import bisect_folder
+from trtforge.converter.progress import Stages
+from trtforge.validation.golden import GoldenSet
 
 CASES = Path(__file__).parents[1] / "cases" / "overflow_models.py"
+
+LINES = {"layer_norm": "centred * centred", "l2_norm": "(wide * wide).sum"}
+"""The line that overflows."""
 
 Run = Callable[..., tuple[int, str]]
 
@@ -23,6 +29,7 @@ Run = Callable[..., tuple[int, str]]
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     shutil.copy(CASES, tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "overflow_models", raising=False)  # else lines are an earlier test's copy's
 
     def call(factory: str, precision: Any, *, scale: float, rare: float = 0.0, **more: Any) -> tuple[int, str]:
         loader = {"loader": "overflow_models:inputs", "kwargs": {"rare": rare}}
@@ -57,7 +64,17 @@ def test_what_overflows_alone_stays_in_fp32(run: Run, factory: str, wide: float,
     golden = json.loads((failed.path / "report.json").read_text())["reports"][-1]["verdict"]
     assert golden == ("passed" if rare else "failed")
     assert failed.facts["accuracy"]["verdict"] == "failed"
-    assert (failed.path / "accuracy" / "worst.safetensors").exists()
+    worst = GoldenSet.load(failed.path / "accuracy" / "worst")
+    assert worst.runner == "torch"
+    assert all(sample.sizes == {"batch": 1} for sample in worst.samples)
+    found = bisect_folder(failed.path, Stages())
+    assert found.outcome == "mended", found.to_json()
+    blame = found.blames[0]
+    assert blame.symptom.kind == "overflow"
+    assert LINES[factory] in blame.code
+    found.plan.save(Path("mended.yaml"))
+    code, err = run(factory, "mended.yaml", scale=scale, rare=share)
+    assert code == 0, err
     code, err = run(factory, "auto", scale=scale, rare=share)
     assert code == 0, err
     artifact = trtforge.open_artifact("artifacts/m")
