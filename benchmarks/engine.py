@@ -48,7 +48,7 @@ def convert(model: torch.nn.Module, x: torch.Tensor, precision: str, folder: Pat
     return trtforge.convert(model, x.cpu(), folder / "artifact", precision=precision)
 
 
-def bare(path: Path, x: torch.Tensor, tf32: bool) -> tuple[Call, float]:
+def bare(path: Path, feeds: dict[str, torch.Tensor], tf32: bool) -> tuple[Call, float]:
     """TensorRT without us: its context at fixed addresses, captured by torch; and the seconds of loading."""
     backend = find_backend("auto")
     trt = import_backend(backend)
@@ -63,8 +63,8 @@ def bare(path: Path, x: torch.Tensor, tf32: bool) -> tuple[Call, float]:
     for number in range(engine.num_io_tensors):
         name = engine.get_tensor_name(number)
         if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
-            tensors[name] = x.clone()
-            context.set_input_shape(name, tuple(x.shape))
+            tensors[name] = feeds[name].clone()
+            context.set_input_shape(name, tuple(feeds[name].shape))
         else:
             dtype = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16}
             shape = tuple(context.get_tensor_shape(name))
@@ -147,6 +147,23 @@ def latencies(call: Call, count: int) -> list[float]:
     return times
 
 
+def measure_throughput(sides: dict[str, Call], rounds: int, least_ms: float) -> dict[str, float]:
+    """Milliseconds a call on the GPU, the median of rounds that take turns and last `least_ms` or more each."""
+    counts = {}
+    for name, call in sides.items():
+        for _ in range(10):
+            call()
+        counts[name] = max(10, int(least_ms / throughput(call, 10)[0]))
+    gc.collect()
+    gc.disable()
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, call in sides.items():
+            found[name].append(throughput(call, counts[name])[0])
+    gc.enable()
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
 def measure(sides: dict[str, Call], count: int) -> dict[str, dict[str, Any]]:
     for call in sides.values():
         for _ in range(20):
@@ -221,7 +238,7 @@ def main() -> None:
         engine, first = timed(artifact.load)
         engine.close()
         engine, second = timed(artifact.load)
-        replay, bare_load = bare(artifact.engine, x, options.precision == "tf32")
+        replay, bare_load = bare(artifact.engine, {engine.inputs[0].name: x}, options.precision == "tf32")
         given = x.to(getattr(torch, engine.inputs[0].dtype))
         sides: dict[str, Call] = {
             "bare": replay,
