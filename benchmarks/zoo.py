@@ -1,10 +1,12 @@
 """How many public models convert, with a dynamic batch, the ONNX proof and a TensorRT build; and why others do not.
 
     python benchmarks/zoo.py [--precision fp32 fp16] [--only NAME …] [--library timm] [--json FILE] [--jobs 1]
+    python benchmarks/zoo.py --slice 1/2 --stop-after 450 --json FILE      # then 2/2 --resume, with the same FILE
 
 Each model is converted in a process of its own under a time limit, by `trtforge.convert` and nothing else, with random
 weights (see `zoo_models.py`). Without a GPU the best status is `built`: the ONNX is proved against PyTorch at the
-minimum, optimum and maximum of every dynamic dimension, with the precision plan, and the engine was built.
+minimum, optimum and maximum of every dynamic dimension, with the precision plan, and the engine was built. With a GPU
+it is `validated`: the engine ran too.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results here, after each model")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one model, all precisions")
+    parser.add_argument("--slice", type=part, default=(1, 1), metavar="K/N", help="every Nth model, from the Kth on")
+    parser.add_argument("--resume", action="store_true", help="leave out the models whose results --json has already")
+    parser.add_argument("--stop-after", type=float, default=float("inf"), metavar="S", help="begin no model after this")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -42,16 +47,46 @@ def main() -> None:
         model.name
         for model in MODELS
         if (not args.only or model.name.startswith(tuple(args.only))) and args.library in (None, model.library)
-    ]
-    results: dict[str, dict[str, Any]] = {}
+    ][args.slice[0] - 1 :: args.slice[1]]
+    results: dict[str, dict[str, Any]] = read_results(args.json) if args.resume else {}
     started = time.perf_counter()
+
+    def run_in_time(name: str) -> dict[str, Any] | None:
+        if time.perf_counter() - started > args.stop_after:
+            return None
+        return run_child(name, args.precision, args.timeout)
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        for name, found in pool.map(lambda name: (name, run_child(name, args.precision, args.timeout)), chosen):
-            results[name] = found
-            print(line(name, found), flush=True)
+        running = {pool.submit(run_in_time, name): name for name in chosen if name not in results}
+        for future in as_completed(running):
+            found = future.result()
+            if found is None:
+                print(f"{running[future]:40} not begun", flush=True)
+                continue
+            results[running[future]] = found
+            print(line(running[future], found), flush=True)
             if args.json:
                 args.json.write_text(json.dumps({"versions": versions(), "models": results}, indent=1) + "\n")
     print_summary(results, args.precision, time.perf_counter() - started)
+
+
+def part(text: str) -> tuple[int, int]:
+    """`2/3` as (2, 3)."""
+    number, _, count = text.partition("/")
+    if not 1 <= int(number) <= int(count):
+        raise ValueError(text)
+    return int(number), int(count)
+
+
+def read_results(file: Path | None) -> dict[str, dict[str, Any]]:
+    """Those of an earlier run of the same versions; none where there is no such file."""
+    if file is None or not file.is_file():
+        return {}
+    earlier = json.loads(file.read_text())
+    if earlier["versions"] != versions():
+        sys.exit(f"{file} was made with {earlier['versions']}, here is {versions()}: give another --json")
+    models: dict[str, dict[str, Any]] = earlier["models"]
+    return models
 
 
 def run_child(name: str, precisions: list[str], timeout: float) -> dict[str, Any]:
