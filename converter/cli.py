@@ -91,6 +91,14 @@ def validate(
 
 
 @app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is installed and where, convert a small network with it, and say what to install where that fails."""
+    from trtforge.converter.doctor_command import doctor as run
+
+    raise typer.Exit(run(as_json=as_json))
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="An artifact's folder or an ONNX file.")], as_json: AsJson = False
 ) -> None:

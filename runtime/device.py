@@ -6,7 +6,7 @@ import ctypes
 import functools
 from dataclasses import dataclass
 
-__all__ = ["DeviceFacts", "device_facts", "gpu_present"]
+__all__ = ["DeviceFacts", "device_facts", "gpu_present", "list_devices", "why_no_gpu"]
 
 # CUdevice_attribute of cuda.h
 _MULTIPROCESSOR_COUNT = 16
@@ -41,14 +41,42 @@ def gpu_present() -> bool:
 @functools.cache
 def device_facts() -> DeviceFacts | None:
     """The first GPU that CUDA_VISIBLE_DEVICES leaves visible, or None without a driver or a GPU."""
+    return next(iter(list_devices()), None)
+
+
+def list_devices() -> tuple[DeviceFacts, ...]:
+    """Every GPU that CUDA_VISIBLE_DEVICES leaves visible, in CUDA's order; empty without a driver or a GPU."""
+    cuda, _ = _open_driver()
+    if cuda is None:
+        return ()
+    count = ctypes.c_int()
+    if cuda.cuDeviceGetCount(ctypes.byref(count)):
+        return ()
+    found = (_facts_of(cuda, ordinal) for ordinal in range(count.value))
+    return tuple(facts for facts in found if facts is not None)
+
+
+def why_no_gpu() -> str:
+    """Why `list_devices` is empty; "" where it is not."""
+    cuda, why = _open_driver()
+    if cuda is None:
+        return why
+    return "" if list_devices() else "the driver shows no GPU (see CUDA_VISIBLE_DEVICES and nvidia-smi)"
+
+
+def _open_driver() -> tuple[ctypes.CDLL | None, str]:
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return None
-    count, device, driver = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or count.value < 1:
-        return None
-    if cuda.cuDeviceGet(ctypes.byref(device), 0) or cuda.cuDriverGetVersion(ctypes.byref(driver)):
+        return None, "there is no NVIDIA driver (libcuda.so.1 is not found)"
+    if code := cuda.cuInit(0):
+        return None, f"the driver is installed and does not start: cuInit gave CUDA error {code}"
+    return cuda, ""
+
+
+def _facts_of(cuda: ctypes.CDLL, ordinal: int) -> DeviceFacts | None:
+    device, driver = ctypes.c_int(), ctypes.c_int()
+    if cuda.cuDeviceGet(ctypes.byref(device), ordinal) or cuda.cuDriverGetVersion(ctypes.byref(driver)):
         return None
     name = ctypes.create_string_buffer(256)
     memory = ctypes.c_size_t()

@@ -14,7 +14,7 @@ from types import ModuleType
 from trtforge.runtime.errors import ConfigError, MissingDependencyError
 from trtforge.runtime.suggest import nearest
 
-__all__ = ["BACKENDS", "Backend", "Capabilities", "capabilities_of", "find_backend", "import_backend"]
+__all__ = ["BACKENDS", "Backend", "Capabilities", "capabilities_of", "find_backend", "import_backend", "pip_line"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +201,11 @@ def find_backend(name: str = "auto") -> Backend:
             "no TensorRT is installed", fix=f"{_PIP['tensorrt-rtx']}   or   {_PIP['tensorrt']}"
         )
     raise MissingDependencyError(f"{_TITLES[name]} is not installed", fix=_PIP[name])
+
+
+def pip_line(name: str) -> str:
+    """The command that installs a backend."""
+    return _PIP[name]
 
 
 def import_backend(backend: Backend) -> ModuleType:
