@@ -51,6 +51,7 @@ def convert(
     dims: Dims | None = None,
     inputs: Mapping[str, Sequence[int | str | None]] | None = None,
     outputs: Sequence[str] = (),
+    custom_ops: Mapping[Any, Any] | None = None,
     calibration: object | None = None,
     calibration_method: Method = "auto",
     smoothing: bool = True,
@@ -82,6 +83,7 @@ def convert(
         inputs: The shape of each input with dimension names: `{"x": ("batch", 3, 224, 224)}`; None on an axis keeps the
             example's size. Inputs left out are static.
         outputs: Names for the outputs; by default the keys and fields of what the model returns.
+        custom_ops: For operators of your own (`torch.library`): `{operator or "namespace::name": onnxscript function}`.
         calibration: Data for int8 and fp8 ranges: a DataLoader, Dataset, or any re-iterable of batches.
         calibration_method: "auto", "entropy", "percentile", "mse" or "max".
         smoothing: int8: move outliers of matrix products' inputs into the weights, where that pays.
@@ -130,6 +132,7 @@ def convert(
     stages = Stages(on_event)
     with stages.stage("load"):
         loaded = _load(model, example_inputs, dict(inputs or {}), config)
+        loaded = _with_custom_ops(loaded, custom_ops)
     return run_pipeline(config, loaded, target, stages, LiveData(validation, calibration, (accuracy or {}).get("data")))
 
 
@@ -206,6 +209,18 @@ def _source(model: object) -> Source:
             f"{model} is neither an .onnx nor a .pt2 file", fix="pass a module, or the path of an ONNX or .pt2 file"
         )
     return Source(onnx=Path(model)) if suffix == ".onnx" else Source(exported_program=Path(model))
+
+
+def _with_custom_ops(loaded: LoadedModel, custom_ops: Mapping[Any, Any] | None) -> LoadedModel:
+    if custom_ops is None:
+        return loaded
+    if loaded.onnx is not None:
+        raise ConfigError(
+            "`custom_ops` translates operators of PyTorch, and the model is an ONNX file", fix="leave it out"
+        )
+    from trtforge.converter.custom_ops import read_table
+
+    return replace(loaded, translations=read_table(custom_ops, name="custom_ops"))
 
 
 def _load(model: Any, example: Any, shapes: dict[str, Any], config: ConversionConfig) -> LoadedModel:

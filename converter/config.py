@@ -182,6 +182,7 @@ class ConversionConfig:
         profiles: Optimization profiles, each a range for every dynamic dimension; one empty profile without any.
         inputs: Inputs by the forward's parameter names; may be empty where Python gives examples.
         outputs: The names that outputs shall have; empty: derived from the model.
+        custom_ops: `package.module:table` of translations for the user's own operators.
         plan: The precision plan.
         search: How it is searched for, where it is.
         calibration: None where nothing is quantized.
@@ -197,6 +198,7 @@ class ConversionConfig:
     profiles: tuple[Profile, ...] = ({},)
     inputs: tuple[InputSpec, ...] = ()
     outputs: tuple[str, ...] = ()
+    custom_ops: str | None = None
     plan: PrecisionPlan = field(default_factory=PrecisionPlan)
     search: Search = Search()
     calibration: Calibration | None = None
@@ -391,6 +393,10 @@ def _resolve(name: str, model_name: str, model: ModelSection, source: YamlSource
             "`inputs` is missing", fix="name each parameter of the model's forward with its dtype and shape"
         )
     check_dims(inputs, profiles)
+    if model.custom_ops is not None and model.source.onnx is not None:
+        raise ConfigError(
+            "`custom_ops` translates operators of PyTorch, and the source is an ONNX file", fix="leave it out"
+        )
     return ConversionConfig(
         name=name,
         model=model_name,
@@ -398,6 +404,7 @@ def _resolve(name: str, model_name: str, model: ModelSection, source: YamlSource
         profiles=profiles,
         inputs=inputs,
         outputs=tuple(model.outputs),
+        custom_ops=model.custom_ops,
         plan=_plan(model.precision, folder, guard=model.overflow_guard),
         search=Search(asks_auto(model.precision), **model.search.model_dump()),
         calibration=None

@@ -20,6 +20,7 @@ from onnx_ir.passes.common import OutputFixPass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trtforge.converter.cleanup import clean
+from trtforge.converter.custom_ops import Translations, find_raised
 from trtforge.converter.decompositions import decompose
 from trtforge.converter.dims import merge_profiles, rename_dims
 from trtforge.converter.export_errors import explain_capture, explain_translation, frozen_dimension
@@ -82,6 +83,7 @@ def export_module(
     opset: int,
     folder: Path,
     rewritten: Collection[str] = (),
+    translations: Translations | None = None,
 ) -> OnnxModel:
     """Exports a module, in eval mode, to `folder/reference.onnx`, with the user's names and node ids.
 
@@ -95,6 +97,7 @@ def export_module(
         opset: Version of the default operator set.
         folder: An existing folder.
         rewritten: Operators of ONNX that are expressed through others.
+        translations: The user's functions for operators that torch.onnx does not know.
 
     Raises:
         ConfigError: `output_names` of another number than there are outputs.
@@ -112,6 +115,7 @@ def export_module(
             opset=opset,
             folder=folder,
             rewritten=rewritten,
+            translations=translations,
         )
 
 
@@ -124,6 +128,7 @@ def write_program(
     opset: int,
     folder: Path,
     rewritten: Collection[str] = (),
+    translations: Translations | None = None,
 ) -> OnnxModel:
     """Translates a captured program to `folder/reference.onnx`, with the user's names and node ids.
 
@@ -135,6 +140,7 @@ def write_program(
         opset: Version of the default operator set.
         folder: An existing folder.
         rewritten: Operators of ONNX that are expressed through others.
+        translations: The user's functions for operators that torch.onnx does not know.
 
     Raises:
         ConfigError: `output_names` of another number than there are outputs.
@@ -142,7 +148,7 @@ def write_program(
     """
     program = decompose(program)
     names = _output_names(returned, output_names, [spec.name for spec in example.specs])
-    model = _translate(program, example, opset)
+    model = _translate(program, example, opset, translations or {})
     _name_values(model, example, names)
     _name_dims(model, example)
     rewrite(model, rewritten)
@@ -185,12 +191,24 @@ def _capture(flat: FlatCall, example: ExampleInputs, dims: Mapping[str, DimRange
         raise explain_capture(error, dims, lambda: find_guards(capture, sources)) from error
 
 
-def _translate(program: torch.export.ExportedProgram, example: ExampleInputs, opset: int) -> ir.Model:
+def _translate(
+    program: torch.export.ExportedProgram, example: ExampleInputs, opset: int, translations: Translations
+) -> ir.Model:
+    table: dict[Any, Any] = dict(translations)
     try:
         with _capture_settings():
-            result = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, optimize=False)
+            result = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                optimize=False,
+                custom_translation_table=table or None,
+            )
     except Exception as error:  # the exporter wraps whatever its translations raise; passed on as the cause
-        raise explain_translation(error, program, opset) from error
+        if raised := find_raised(error, translations):
+            raise raised from raised.__cause__
+        raise explain_translation(error, program, opset, translations) from error
     assert result is not None
     model = result.model
     # `optimize=True` does this too (BatchNorm into Conv, constants folded), and at opset 23 fuses RotaryEmbedding with

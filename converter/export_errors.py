@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from trtforge.converter.custom_ops import Translations
 from trtforge.converter.frames import Line, line_of_error, line_of_trace
 from trtforge.converter.guards import Guard
 from trtforge.runtime.errors import ExportError
@@ -52,17 +53,20 @@ def explain_capture(
     )
 
 
-def explain_translation(error: Exception, program: torch.export.ExportedProgram, opset: int) -> ExportError:
+def explain_translation(
+    error: Exception, program: torch.export.ExportedProgram, opset: int, translations: Translations | None = None
+) -> ExportError:
     """Why torch.onnx could not translate a captured program; every operator that it lacks is in one list."""
     deepest = _deepest(error)
     text = _brief(str(deepest))
     if "No ONNX function found" in str(deepest):
-        missing = _missing_operators(program, opset) or [text]
+        missing = _missing_operators(program, opset, translations or {}) or [text]
         more = [f"and {len(missing) - _SHOWN} more"] if len(missing) > _SHOWN else []
         return ExportError(
             f"{len(missing)} operators have no translation to ONNX:\n    " + "\n    ".join(missing[:_SHOWN] + more),
             why=f"neither opset {opset} nor torch's decompositions express them",
-            fix="rewrite these lines with other torch operators",
+            fix="rewrite these lines with other torch operators, or give `custom_ops` a table "
+            "{operator: onnxscript function} with an entry for each",
         )
     node = re.search(r"translating node %(\w+)", _chain_text(error))
     line = _line_of_node(program, node.group(1)) if node else None
@@ -159,7 +163,7 @@ def _brief(text: str) -> str:
     ).strip()
 
 
-def _missing_operators(program: torch.export.ExportedProgram, opset: int) -> list[str]:
+def _missing_operators(program: torch.export.ExportedProgram, opset: int, translations: Translations) -> list[str]:
     """`aten.foo.default at net.py:12` for each operator without a translation; empty where torch does not tell."""
     # torch.onnx stops at the first; what it asks its registry, operator by operator, is not public.
     try:
@@ -171,7 +175,9 @@ def _missing_operators(program: torch.export.ExportedProgram, opset: int) -> lis
         missing = [
             node
             for node in nodes
-            if isinstance(node.target, torch._ops.OpOverload) and _dispatching.dispatch(node, registry)[0] is None
+            if isinstance(node.target, torch._ops.OpOverload)
+            and node.target not in translations
+            and _dispatching.dispatch(node, registry)[0] is None
         ]
     except Exception:  # noqa: BLE001 - private parts of torch: the first operator is known anyway
         _log.debug("cannot list missing operators", exc_info=True)

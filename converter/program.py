@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch.utils import _pytree
 
+from trtforge.converter.custom_ops import Translations
 from trtforge.converter.dims import fix_static, merge_profiles
 from trtforge.converter.export import FlatCall, quiet, write_program
 from trtforge.converter.signature import ExampleInputs, bind_call, name_outputs, tensor_leaves
@@ -82,6 +83,7 @@ def export_program(
     opset: int,
     folder: Path,
     rewritten: Collection[str] = (),
+    translations: Translations | None = None,
 ) -> OnnxModel:
     """Translates a program to `folder/reference.onnx`; see `export_module`."""
     with quiet():
@@ -93,6 +95,7 @@ def export_program(
             opset=opset,
             folder=folder,
             rewritten=rewritten,
+            translations=translations,
         )
 
 

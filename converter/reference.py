@@ -61,6 +61,7 @@ def make_reference(config: ConversionConfig, loaded: LoadedModel, backend: Backe
         opset=_opset(config, backend),
         rewritten=_rewritten(backend),
         folder=folder,
+        translations=loaded.translations,
     )
     return Reference(model, example.specs, TorchRunner(module, FlatCall(module, example), model.inputs, model.outputs))
 
@@ -90,7 +91,12 @@ def _translate(
     opened = open_program(program, given=given, profiles=config.profiles, values=values)
     opset = _opset(config, backend)
     model = export_program(
-        opened, output_names=config.outputs or None, opset=opset, folder=folder, rewritten=_rewritten(backend)
+        opened,
+        output_names=config.outputs or None,
+        opset=opset,
+        folder=folder,
+        rewritten=_rewritten(backend),
+        translations=loaded.translations,
     )
     runner = TorchRunner(opened.module, opened.call, model.inputs, model.outputs)
     return Reference(model, opened.example.specs, runner)

@@ -14,7 +14,7 @@ from typing import Any
 from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.suggest import nearest
 
-__all__ = ["UserCodeError", "call_reference", "find_reference", "import_paths"]
+__all__ = ["UserCodeError", "call_reference", "find_reference", "find_value", "import_paths"]
 
 
 class UserCodeError(ConfigError):
@@ -65,7 +65,20 @@ def find_reference(reference: str, *, folder: Path, what: str) -> Callable[..., 
         return _find(reference, what)
 
 
+def find_value(reference: str, *, folder: Path, what: str) -> Any:
+    """What `package.module:name` names, whatever it is; arguments and errors as for `call_reference`."""
+    with import_paths(folder, Path.cwd()):
+        return _look_up(reference, what, list)
+
+
 def _find(reference: str, what: str) -> Callable[..., Any]:
+    found = _look_up(reference, what, lambda names: [name for name in names if callable(names[name])])
+    if not callable(found):
+        raise ConfigError(f"{what} {reference} is {type(found).__name__}, not something that can be called")
+    return found  # type: ignore[no-any-return]  # callable() has just said so
+
+
+def _look_up(reference: str, what: str, eligible: Callable[[dict[str, Any]], list[str]]) -> Any:
     module_name, _, function_name = reference.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -89,14 +102,13 @@ def _find(reference: str, what: str) -> Callable[..., Any]:
     found: Any = module
     for part in function_name.split("."):
         if not hasattr(found, part):
-            names = [name for name in dir(found) if not name.startswith("_") and callable(getattr(found, name, None))]
+            names = {name: getattr(found, name, None) for name in dir(found) if not name.startswith("_")}
             raise ConfigError(
-                f"{what} {reference}: {module_name} has no {function_name!r}", fix=nearest(function_name, names)
+                f"{what} {reference}: {module_name} has no {function_name!r}",
+                fix=nearest(function_name, eligible(names)),
             )
         found = getattr(found, part)
-    if not callable(found):
-        raise ConfigError(f"{what} {reference} is {type(found).__name__}, not something that can be called")
-    return found  # type: ignore[no-any-return]  # callable() has just said so
+    return found
 
 
 def _check_arguments(function: Callable[..., Any], kwargs: Mapping[str, Any], reference: str, what: str) -> None:

@@ -154,6 +154,7 @@ class ModelSection(Section):
     dims: DimsSection | list[DimsSection] = {}
     inputs: dict[str, InputSection] = {}
     outputs: list[str] = []
+    custom_ops: Reference | None = None
     precision: str | dict[str, Any] = "fp32"
     search: SearchSection = SearchSection()
     overflow_guard: Annotated[bool, Field(strict=True)] = True

@@ -6,12 +6,12 @@ import hashlib
 import os
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtforge.converter.config import ConversionConfig, Source
-from trtforge.converter.references import call_reference
+from trtforge.converter.references import call_reference, find_value
 from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.publish import hash_bytes, hash_file
 from trtforge.runtime.suggest import nearest
@@ -43,6 +43,7 @@ class LoadedModel:
         checkpoint_hash: SHA-256 of the checkpoint's bytes, or of the module's tensors where it came live from Python.
         example: The inputs that Python gave; None where they are generated from their specs.
         program: The exported program, in place of a module.
+        translations: By overload of a torch operator, the user's function that expresses it in ONNX.
     """
 
     module: torch.nn.Module | None
@@ -51,6 +52,7 @@ class LoadedModel:
     checkpoint_hash: str | None
     example: PythonExample | None = None
     program: torch.export.ExportedProgram | None = None
+    translations: Mapping[torch._ops.OpOverload, Any] = field(default_factory=dict)
 
 
 def load_source(config: ConversionConfig) -> LoadedModel:
@@ -62,6 +64,17 @@ def load_source(config: ConversionConfig) -> LoadedModel:
         ExportError: a .pt2 file cannot be read.
         UserCodeError: the factory raised.
     """
+    if config.custom_ops is None:
+        return _load(config)
+    from trtforge.converter.custom_ops import read_table
+
+    # Before the source: importing the table's module may be what registers the operators that a .pt2 file names.
+    table = find_value(config.custom_ops, folder=config.folder, what="custom_ops")
+    loaded = _load(config)
+    return replace(loaded, translations=read_table(table, name=f"custom_ops {config.custom_ops}"))
+
+
+def _load(config: ConversionConfig) -> LoadedModel:
     source = config.source
     if source.onnx is not None:
         _check_file(source.onnx, "the ONNX file")
