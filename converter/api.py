@@ -22,6 +22,7 @@ from trtforge.converter.config import (
     asks_auto,
     parse_accuracy,
     parse_profiles,
+    parse_search,
 )
 from trtforge.converter.pipeline import LiveData, run_pipeline
 from trtforge.converter.progress import OnEvent, Stages, ignore_events
@@ -77,7 +78,8 @@ def convert(
         output: The artifact's folder, replaced as a whole; its last part is the model's name.
         precision: "fp32", "tf32", "fp16", "bf16", "int8", "fp8", a plan, or the path of a plan's YAML file; "auto"
             finds the fastest that keeps tolerances and budget. int8 and fp8 with a budget are mended until they do.
-        search: For these two: `{"candidates": ["fp16", "int8"], "evaluations": 25, "looks": 5}`.
+        search: For these two: `{"candidates": ["fp16", "int8"], "evaluations": 25, "looks": 5, "data": loader}`. With
+            data of its own, labelled as the budget's, the search leaves the budget's samples alone.
         overflow_guard: Keep nodes that would overflow float16 on the samples in fp32; False leaves the plan as it is.
         dims: `{"batch": (min, opt, max)}`, or a list of such maps, one an optimization profile.
         inputs: The shape of each input with dimension names: `{"x": ("batch", 3, 224, 224)}`; None on an axis keeps the
@@ -120,7 +122,7 @@ def convert(
         profiles=parse_profiles(dims or {}),
         outputs=tuple(outputs),
         plan=plan,
-        search=parse_search(search, auto=asks_auto(precision)),
+        search=_search(search, auto=asks_auto(precision)),
         calibration=None
         if calibration is None
         else Calibration(
@@ -133,7 +135,8 @@ def convert(
     with stages.stage("load"):
         loaded = _load(model, example_inputs, dict(inputs or {}), config)
         loaded = _with_custom_ops(loaded, custom_ops)
-    return run_pipeline(config, loaded, target, stages, LiveData(validation, calibration, (accuracy or {}).get("data")))
+    live = LiveData(validation, calibration, (accuracy or {}).get("data"), (search or {}).get("data"))
+    return run_pipeline(config, loaded, target, stages, live)
 
 
 def load(path: str | Path, *, allow_unvalidated: bool = False) -> Any:
@@ -171,17 +174,14 @@ def parse_budget(given: Mapping[str, Any] | None) -> Accuracy | None:
     return replace(parsed, **functions)
 
 
-def parse_search(given: Mapping[str, Any] | None, *, auto: bool) -> Search:
-    """How `convert(search=…)` asks to search.
-
-    Raises:
-        ConfigError: a key or a value is wrong.
-    """
+def _search(given: Mapping[str, Any] | None, *, auto: bool) -> Search:
+    known = ["data", *SearchSection.model_fields]
     for key in given or {}:
-        if key not in SearchSection.model_fields:
-            raise ConfigError(f"search has no key {key!r}", fix=nearest(key, SearchSection.model_fields))
+        if key not in known:
+            raise ConfigError(f"search has no key {key!r}", fix=nearest(key, known))
     try:
-        return Search(auto, **SearchSection.model_validate(dict(given or {})).model_dump())
+        section = SearchSection.model_validate({k: v for k, v in (given or {}).items() if k != "data"})
+        return parse_search(section, auto=auto)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(f"search: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -2,7 +2,8 @@
 
 A plan is chosen because it passed, among several that were looked at; so every look's bounds are wrong less often, the
 stated error divided by the number of looks (Bonferroni), and the choice as a whole is wrong no more often than one look
-would be. What layers do harm is measured apart from that, for a quantized plan on calibration data.
+would be. Where the search has labelled samples of its own, the budget's see the chosen plan alone: nothing is divided.
+What layers do harm is measured apart from that, for a quantized plan on calibration data.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Row:
         plain: The score with nothing put back.
         kept: What was put back.
         high: Into which precision.
+        layers: How many could have been.
         evaluations: How many plans were run for it.
+        looks: How many of those were whole plans.
     """
 
     precision: Precision
@@ -47,7 +50,9 @@ class Row:
     plain: Score
     kept: tuple[Group, ...]
     high: Precision
+    layers: int
     evaluations: int
+    looks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,7 @@ class Choice:
             "shares": facts.get("shares"),
             "kept_in": row.high if row.kept else None,
             "kept_back": [unit.id for group in row.kept for unit in group.units],
+            "layers": row.layers,
             "groups": [
                 {
                     "layers": [unit.id for unit in group.units],
@@ -100,6 +106,7 @@ class Choice:
                 for group in row.kept
             ],
             "evaluations": row.evaluations,
+            "looks": row.looks,
         }
 
 
@@ -122,7 +129,7 @@ def choose_plan(bench: Workbench, plan: PrecisionPlan, search: Search, candidate
     if not order:
         raise ConfigError("the search has no candidates", fix=f"give some of {', '.join(_ORDER)}")
     looks = sum(1 if kind == "fp32" else search.looks for kind in order)
-    bench.error = _ERROR / looks
+    bench.error = _ERROR if bench.separate else _ERROR / looks
     rows: list[Row] = []
     for kind in order:
         row = _try(bench, _start(plan, kind, rows), kind, search)
@@ -149,17 +156,22 @@ def _start(plan: PrecisionPlan, kind: Precision, rows: Sequence[Row]) -> Precisi
 
 
 def _try(bench: Workbench, plan: PrecisionPlan, kind: Precision, search: Search) -> Row:
-    before = bench.evaluations
+    evaluations, looks = bench.evaluations, bench.looks
     plan = bench.guard(plan)
     high: Precision = plan.base if kind in QUANTIZED else "fp32"
+    units = bench.units(plan, kind) if kind not in ("fp32", "tf32") else []
     plain = bench.look(plan)
+
+    def row(plan: PrecisionPlan, score: Score, kept: tuple[Group, ...] = ()) -> Row:
+        spent = bench.evaluations - evaluations, bench.looks - looks
+        return Row(kind, plan, score, plain, kept, high, len(units), *spent)
+
     # What is not built gives no measure to mend by.
     if plain.passed or "unbuilt" in plain.facts or kind in ("fp32", "tf32") or search.looks < 2:
-        return Row(kind, plan, plain, plain, (), high, bench.evaluations - before)
-    units = bench.units(plan, kind)
+        return row(plan, plain)
     feeds = bench.calibration_feeds() if kind in QUANTIZED else bench.failing_feeds(plain)
     measurements = search.evaluations - search.looks
-    groups = rank_units(units, bench.harm(kind, feeds), max(measurements, 1))
+    groups = rank_units(units, bench.harm(kind, plan.base, feeds), max(measurements, 1))
 
     def mended(kept: Sequence[Group]) -> PrecisionPlan:
         rules = bench.rules(kept, kind, high)
@@ -169,13 +181,15 @@ def _try(bench: Workbench, plan: PrecisionPlan, kind: Precision, search: Search)
     def look(kept: Sequence[Group]) -> Score:
         if sum(len(group.units) for group in kept) == len(units) and kind in QUANTIZED:
             return Score(False, f"nothing would be left in {kind}", None, math.inf)
-        return bench.look(mended(kept))
+        score = bench.look(mended(kept))
+        number = sum(len(group.units) for group in kept)
+        bench.bench.stages.note(f"{kind} with {number} of {len(units)} layers in {high}: {score.reason}")
+        return score
 
     found = mend(groups, plain, look, looks=search.looks - 1) if units else Mended((), plain)
     if not found.score.passed:  # as it was: what was put back in vain says nothing
-        return Row(kind, plan, plain, plain, (), high, bench.evaluations - before)
-    kept = _single(found.kept)
-    return Row(kind, mended(found.kept), found.score, plain, kept, high, bench.evaluations - before)
+        return row(plan, plain)
+    return row(mended(found.kept), found.score, _single(found.kept))
 
 
 def _single(groups: Sequence[Group]) -> tuple[Group, ...]:

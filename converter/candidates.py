@@ -12,7 +12,7 @@ from trtforge.converter.assign import FLOAT_TYPES, assign
 from trtforge.converter.cost import NOMINAL, count_macs
 from trtforge.converter.data import read_data
 from trtforge.converter.prove import Bench, prove_engine, prove_onnx, runnable_onnx
-from trtforge.converter.quantize import Quantization, make_placement
+from trtforge.converter.quantize import Quantization, make_placement, narrow
 from trtforge.converter.search import Group, Score, Unit
 from trtforge.converter.types import infer_types
 from trtforge.runtime.child import ChildCrashError
@@ -61,14 +61,16 @@ class Workbench:
         reference: The float graph.
         specs: Its inputs.
         bench: The golden set and where to work.
-        labelled: The labelled samples; None where no budget is given.
+        labelled: The labelled samples that looks are judged on; None where no budget is given.
         calibration: Live calibration data.
         realize: Carries a plan out.
         calibrate: Ranges for all that a plan quantizes.
         guard: Adds what the overflow guard says.
         engines: None where none can run.
+        separate: The labelled samples are the search's own: the budget is judged on others, which saw no look.
         error: Of each bound, so that all looks together are wrong no more often than was promised.
         evaluations: How many plans were run so far.
+        looks: How many of those as a whole, by `look`.
     """
 
     config: ConversionConfig
@@ -81,9 +83,11 @@ class Workbench:
     calibrate: Callable[[PrecisionPlan], Quantization]
     guard: Callable[[PrecisionPlan], PrecisionPlan] = lambda plan: plan
     engines: Engines | None = None
+    separate: bool = False
     error: float = 0.05
     evaluations: int = 0
-    _ranges: dict[str, Quantization] = field(default_factory=dict)
+    looks: int = 0
+    _ranges: dict[tuple[Precision, Precision], Quantization] = field(default_factory=dict)
     _macs: dict[str, int] = field(default_factory=dict)
     _refs: list[NodeRef] = field(default_factory=list)
 
@@ -108,16 +112,11 @@ class Workbench:
         if not formats:
             return None
         kind = min(formats)
-        if kind not in self._ranges:
-            self._ranges[kind] = self.calibrate(replace(self._user_plan(kind), base="fp32"))
-        whole = self._ranges[kind]
-        placement = make_placement(self.reference, plan)
-        if placement.existing:
-            return whole
-        if any(name not in whole.ranges for name in placement.measured):
-            # With one convolution back in float, a residual Add may quantize its other branch.
-            return self.calibrate(plan)
-        return replace(whole, placement=placement, ranges=whole.ranges.select(placement.measured))
+        key = kind, plan.base  # fitted codes belong to scales that are exact in the base
+        if key not in self._ranges:
+            self._ranges[key] = self.calibrate(replace(self._user_plan(kind), base=plan.base))
+        # With one convolution back in float, a residual Add may quantize its other branch, which has no range.
+        return narrow(self._ranges[key], self.reference, plan) or self.calibrate(plan)
 
     def units(self, plan: PrecisionPlan, low: Precision) -> list[Unit]:
         """The layers that `plan` runs in `low` because it is the default: what a search may put back."""
@@ -133,13 +132,13 @@ class Workbench:
         total = sum(self.macs.values()) or 1
         return [Unit(name, self.macs.get(name, 0) / total) for name in found]
 
-    def harm(self, low: Precision, feeds: Path) -> Callable[[Sequence[Unit]], float]:
-        """Measures layers alone in `low`, all else in float32, on the samples in `feeds`."""
+    def harm(self, low: Precision, base: Precision, feeds: Path) -> Callable[[Sequence[Unit]], float]:
+        """Measures layers alone in `low`, all else in float32, on the samples in `feeds`; `base` is the plans'."""
         truth = self.bench.work / "harm-truth.safetensors"
         run_onnx(self.reference.path, feeds, truth, disable_quant_qdq=True)
         wanted = load_outputs(truth)
 
-        whole = self.quantization(self._user_plan(low)) if low in QUANTIZED else None
+        whole = self.quantization(replace(self._user_plan(low), base=base)) if low in QUANTIZED else None
 
         def measure(units: Sequence[Unit]) -> float:
             chosen = {unit.id for unit in units}
@@ -194,6 +193,7 @@ class Workbench:
         A candidate that TensorRT does not build, or whose engine breaks, has not passed; facts say "unbuilt".
         """
         self.evaluations += 1
+        self.looks += 1
         place = self.bench.work / "candidate.onnx"
         model, used, _ = self.realize(plan, self.quantization(plan), place)
         tolerance = resolve_tolerance(sorted(used), self.config.validation.tolerance)

@@ -22,6 +22,7 @@ from trtforge.converter.schema import (
     InputSection,
     LoaderSection,
     ModelSection,
+    SearchSection,
     SourceSection,
 )
 from trtforge.converter.yaml_source import KeyPath, YamlSource, read_yaml
@@ -43,6 +44,7 @@ __all__ = [
     "check_dims",
     "parse_accuracy",
     "parse_profiles",
+    "parse_search",
     "read_config",
 ]
 
@@ -145,12 +147,15 @@ class Search:
         candidates: Precisions to try; empty: all floats, and the quantized ones where a GPU can time them.
         evaluations: How many plans may be run for each candidate.
         looks: How many of those may be judged by the budget; each makes all bounds wider.
+        loader: Labelled data that the looks are judged on instead: the budget's own samples then see one plan, the one
+            that was chosen.
     """
 
     auto: bool = False
     candidates: tuple[Precision, ...] = ()
     evaluations: int = 25
     looks: int = 5
+    loader: Loader | None = None
 
     def wanted(self, plan: PrecisionPlan, *, budget: bool) -> bool:
         """Whether there is anything to search for."""
@@ -406,7 +411,7 @@ def _resolve(name: str, model_name: str, model: ModelSection, source: YamlSource
         outputs=tuple(model.outputs),
         custom_ops=model.custom_ops,
         plan=_plan(model.precision, folder, guard=model.overflow_guard),
-        search=Search(asks_auto(model.precision), **model.search.model_dump()),
+        search=parse_search(model.search, auto=asks_auto(model.precision)),
         calibration=None
         if model.calibration is None
         else Calibration(
@@ -466,6 +471,11 @@ def _source(section: SourceSection, folder: Path) -> Source:
 
 def _loader(section: LoaderSection) -> Loader | None:
     return None if section.loader is None else Loader(section.loader, section.kwargs)
+
+
+def parse_search(section: SearchSection, *, auto: bool) -> Search:
+    """How a section says to search."""
+    return Search(auto, section.candidates, section.evaluations, section.looks, _loader(section))
 
 
 def _input(name: str, section: InputSection) -> InputSpec:

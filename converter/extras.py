@@ -55,7 +55,9 @@ def range_entries(quantization: Quantization) -> list[dict[str, Any]]:
     formats = {tensor.measured: tensor.format for tensor in quantization.placement.tensors}
     entries = []
     for name, found in quantization.ranges.tensors.items():
-        entry: dict[str, Any] = {"name": name, "format": formats.get(name, "int8"), **found.to_json()}
+        if name not in formats:  # measured, and its layer put back into float since
+            continue
+        entry: dict[str, Any] = {"name": name, "format": formats[name], **found.to_json()}
         if name in quantization.histograms:
             entry |= _coarse(quantization.histograms[name])
         entries.append(entry)

@@ -43,6 +43,7 @@ class LiveData:
     validation: object | None = None
     calibration: object | None = None
     accuracy: object | None = None
+    search: object | None = None
 
 
 def convert_config(config: ConversionConfig, target: Path, stages: Stages) -> Artifact:
@@ -131,6 +132,7 @@ class _Run:
         with stages.stage("record"):
             bench = self._record(specs, made.runner)
             labelled = self._record_labelled(specs, made.runner)
+            trial = self._record_trial(specs, made.runner)
         package = self.package = Package(
             config=self.config,
             loaded=self.loaded,
@@ -148,9 +150,11 @@ class _Run:
         quantization, error = None, None
         if self.config.search.wanted(plan, budget=labelled is not None):
             with stages.stage("search"):
-                choice = self._search(plan, reference, specs, bench, labelled)
-            package.search = choice.to_json()
-            package.plan, quantization, error = choice.plan, choice.quantization, choice.error
+                looks = labelled if trial is None else trial
+                choice = self._search(plan, reference, specs, bench, looks, separate=trial is not None)
+            package.search = choice.to_json() | {"own_samples": None if trial is None else trial.reference.count}
+            package.plan, quantization = choice.plan, choice.quantization
+            error = choice.error if trial is None else None
             self.config = package.config = replace(self.config, plan=choice.plan)
             if quantization is not None:
                 save_calibration(self.folder, quantization)
@@ -290,6 +294,8 @@ class _Run:
         specs: tuple[InputSpec, ...],
         bench: Bench,
         labelled: LabelledSet | None,
+        *,
+        separate: bool,
     ) -> Choice:
         from trtforge.converter.auto import choose_plan
         from trtforge.converter.candidates import Engines, Workbench
@@ -316,6 +322,7 @@ class _Run:
             calibrate=lambda plan: self._calibrate(plan, reference, specs),
             guard=lambda plan: self._guard(plan, reference, bench),
             engines=engines,
+            separate=separate,
         )
         has_data = self.config.calibration is not None or self.live.calibration is not None
         candidates = self.config.search.chosen(plan, timed=engines is not None, calibrated=has_data)
@@ -374,6 +381,17 @@ class _Run:
         from trtforge.converter.accuracy import record_labelled
 
         return record_labelled(self.config, self.live.accuracy, specs, runner, self.work / "labelled", self.stages)
+
+    def _record_trial(self, specs: tuple[InputSpec, ...], runner: Runner) -> LabelledSet | None:
+        """Labelled samples that the search looks at in the budget's place; None where it has none of its own."""
+        search, accuracy = self.config.search, self.config.validation.accuracy
+        if accuracy is None or (search.loader is None and self.live.search is None):
+            return None
+        from trtforge.converter.accuracy import record_labelled
+
+        accuracy = replace(accuracy, loader=search.loader, batches=None)
+        config = replace(self.config, validation=replace(self.config.validation, loader=None, accuracy=accuracy))
+        return record_labelled(config, self.live.search, specs, runner, self.work / "trial", self.stages)
 
     def _score(self, package: Package, labelled: LabelledSet, run: Run, stage: Stage, error: float | None) -> None:
         from trtforge.converter.accuracy import LABELLED

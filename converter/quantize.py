@@ -39,6 +39,7 @@ __all__ = [
     "fit_settings",
     "halved_products",
     "make_placement",
+    "narrow",
     "prepare",
     "quantize_graph",
     "quantized_products",
@@ -330,9 +331,7 @@ def read_ranges(
             why="ranges hold for the graph that they were measured on",
             fix="run `trtforge calibrate` again",
         )
-    before = placement = make_placement(reference, plan)
-    if ranges.smoothing:
-        _, placement = _smooth(reference, plan, before, ranges.smoothing)
+    before, placement = _place(reference, plan, ranges)
     missing = [name for name in placement.measured if name not in ranges]
     if missing:
         raise CalibrationError(
@@ -340,6 +339,30 @@ def read_ranges(
             fix="run `trtforge calibrate` again",
         )
     return Quantization(placement, ranges, fit=_read_fit(path, ranges, settings), before=before)
+
+
+def narrow(whole: Quantization, reference: OnnxModel, plan: PrecisionPlan) -> Quantization | None:
+    """The same ranges and fit for a plan that quantizes less; None where a tensor of it has no range there.
+
+    Args:
+        whole: Of a plan that quantizes more.
+        reference: The float graph as exported.
+        plan: What is quantized.
+    """
+    before, placement = _place(reference, plan, whole.ranges)
+    if placement.existing:
+        return whole
+    if any(name not in whole.ranges for name in placement.measured):
+        return None
+    return replace(whole, placement=placement, before=before)
+
+
+def _place(reference: OnnxModel, plan: PrecisionPlan, ranges: Ranges) -> tuple[Placement, Placement]:
+    """The placement before smoothing, and in the graph as it was smoothed when the ranges were measured."""
+    before = make_placement(reference, plan)
+    if not ranges.smoothing or before.existing:
+        return before, before
+    return before, _smooth(reference, plan, before, ranges.smoothing)[1]
 
 
 def _read_fit(path: Path, ranges: Ranges, settings: FitSettings | None) -> Fit | None:

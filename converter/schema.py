@@ -117,8 +117,8 @@ class ValidationSection(LoaderSection):
     tolerance: ToleranceSection = ToleranceSection()
 
 
-class SearchSection(Section):
-    """How a plan is searched for, under `precision: auto` or a quantized one with an accuracy budget."""
+class SearchSection(LoaderSection):
+    """How a plan is searched for, under `precision: auto` or a quantized one with an accuracy budget; on which data."""
 
     candidates: tuple[Literal["fp32", "tf32", "bf16", "fp16", "fp8", "int8"], ...] = ()
     evaluations: Annotated[int, Field(ge=10, strict=True)] = 25
