@@ -2,12 +2,14 @@
 
     python benchmarks/search.py [--agreement 0.95] [--crops 800] [--looks-on 400] [--base fp16] [--json]
 
-The budget: the first choice is the float model's own, as often as `--agreement` says. Calibration, the looks of the
-search and the verdict see crops of different pictures of scikit-image: the verdict's samples see the one plan that was
-chosen. An evaluation is one plan run on onnxruntime over its samples: layers alone in INT8 on calibration crops, or a
-whole plan on the search's crops. Ranking layers one at a time takes one for each layer, and the same looks behind it;
-that side is counted, not run. `gate` is the product's verdict, which takes samples as independent; crops of one
-picture are not, so a bootstrap over pictures stands beside it.
+The budget: the first choice is the float model's own, as often as `--agreement` says. Calibration and the verdict see
+crops of different pictures of scikit-image; the search looks at other crops of calibration's pictures, and the
+verdict's samples see the one plan that was chosen.
+
+An evaluation is one plan run on onnxruntime over its samples: layers alone in INT8 on calibration crops, or a whole
+plan on the search's crops. Ranking layers one at a time takes one for each layer, and the same looks behind it; that
+side is counted, not run. `verdict` is the product's, which takes samples as independent; crops of one picture are not,
+so `--by-picture` adds a bootstrap over pictures.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from accuracy import BATCH, CALIBRATION, EVALUATION, SIZE, crops, judge, logits  # beside this file
 from example_models import efficientnet_lite0  # in the configurations' folder
 
-LOOKS = ("retina", "colorwheel", "cell", "page", "microaneurysms", "text", *CALIBRATION)
-"""The search's pictures: six that nothing else sees, and other crops of those that calibration saw."""
+LOOKS = CALIBRATION
+"""The search looks at other crops of the pictures that calibration saw; the verdict sees none of those."""
 
 
 def batches(names: tuple[str, ...], count: int, seed: int) -> Iterator[np.ndarray]:

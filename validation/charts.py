@@ -120,8 +120,10 @@ def error_scatter(output: OutputResult, precision: str = "") -> Markup:
         low, high = max(frame.x[0], frame.y[0] + bits), min(frame.x[1], frame.y[1] + bits)
         if high - low > 2:
             body.append(_line(frame.px(low), frame.py(low - bits), frame.px(high), frame.py(high - bits), "guide"))
-            place = frame.px(high) - 4, frame.py(high - bits) + 12
-            body.append(_text(*place, f"rounding once to {precision}", "note end"))
+            # Beside the line's lower end, where errors seldom are.
+            right = frame.px(low) < frame.width / 2
+            place = frame.px(low) + (14 if right else -6), frame.py(low - bits) - 5
+            body.append(_text(*place, f"rounding once to {precision}", "note" if right else "note end"))
     for m in shown:
         x = frame.px(m.exponent - 0.5)
         label = f"{m.count} values of {2.0 ** (m.exponent - 1):.2g} to {2.0**m.exponent:.2g}: "
@@ -185,17 +187,23 @@ def range_histogram(entry: Mapping[str, Any]) -> Markup:
 
 
 def pareto(candidates: Sequence[Mapping[str, Any]], chosen: str | None = None) -> Markup:
-    """Accuracy against latency, or size where nothing was timed; the front is joined, what failed is hollow."""
+    """Accuracy, or SQNR where no budget asks for it, against latency, or size where nothing was timed.
+
+    The front of what passes is joined, what failed is hollow; "" with fewer than two to compare.
+    """
     timed = any(candidate.get("latency_ms") is not None for candidate in candidates)
-    key = "latency_ms" if timed else "size_bytes"
-    shown = [c for c in candidates if c.get(key) is not None and c.get("accuracy") is not None]
-    if not shown:
+    scored = any(candidate.get("accuracy") is not None for candidate in candidates)
+    key, figure = "latency_ms" if timed else "size_bytes", "accuracy" if scored else "sqnr_db"
+    shown = [c for c in candidates if c.get(key) is not None and math.isfinite(float(c.get(figure) or "nan"))]
+    if len(shown) < 2:
         return Markup("")
     scale = 1.0 if timed else 1 / (1 << 20)
-    xs, ys = [float(c[key]) * scale for c in shown], [float(c["accuracy"]) for c in shown]
+    xs, ys = [float(c[key]) * scale for c in shown], [float(c[figure]) for c in shown]
     frame = _Frame(920, 320, _padded(xs, from_zero=True), _padded(ys), left=60)
+    label = "accuracy" if scored else "SQNR, dB"
     front: list[tuple[float, float]] = []
-    for x, y in sorted(zip(xs, ys, strict=True), key=lambda point: (point[0], -point[1])):
+    passed = [(x, y) for c, x, y in zip(shown, xs, ys, strict=True) if c["passed"]]
+    for x, y in sorted(passed, key=lambda point: (point[0], -point[1])):
         if not front or y > front[-1][1]:
             front.append((x, y))
     steps = " ".join(f"{_n(frame.px(x))},{_n(frame.py(y))}" for x, y in front)
@@ -206,7 +214,7 @@ def pareto(candidates: Sequence[Mapping[str, Any]], chosen: str | None = None) -
             kind += " chosen"
         kept = candidate.get("kept_back") or []
         count = kept if isinstance(kept, int) else len(kept)
-        text = f"{candidate['name']}: {x:.4g} {'ms' if timed else 'MiB'}, accuracy {y:.5g}, {count} layers kept back"
+        text = f"{candidate['name']}: {x:.4g} {'ms' if timed else 'MiB'}, {label} {y:.5g}, {count} layers kept back"
         body.append(_dot(frame.px(x), frame.py(y), 5.5, kind, text))
         right = frame.px(x) > frame.width * 0.8
         body.append(
@@ -219,7 +227,7 @@ def pareto(candidates: Sequence[Mapping[str, Any]], chosen: str | None = None) -
         )
     x_ticks = [(v, f"{v:.4g}") for v in _steps(*frame.x, 7)]
     y_ticks = [(v, f"{v:.4g}") for v in _steps(*frame.y, 6)]
-    return frame.draw("Candidates", body, x_ticks, y_ticks, "latency, ms" if timed else "size, MiB", "accuracy")
+    return frame.draw("Candidates", body, x_ticks, y_ticks, "latency, ms" if timed else "size, MiB", label)
 
 
 def _limit(frame: _Frame, value: float | None, text: str) -> list[Markup]:

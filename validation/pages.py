@@ -68,6 +68,7 @@ def render_page(data: ReportData) -> str:
         tiles=_tiles(data),
         parts=_parts(data),
         asked_db=_asked_db(data),
+        full_db=f"{_DECIBEL_TOP:g}",
         worst_layers=sorted(data.facts.get("layers") or (), key=lambda layer: float(layer["sqnr_db"])),
         ranges=[
             _Facts(entry)
