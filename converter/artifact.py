@@ -112,7 +112,7 @@ class Artifact:
             )
         from trtforge.runtime.engine import Engine
 
-        read_manifest(self.path)
+        read_manifest(self.path, known=self.manifest)
         facts = self.facts["engine"]
         return Engine(
             self.engine,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,6 +23,10 @@ DIGEST = "manifest.sha256"
 
 Status = Literal["validated", "built", "portable", "failed"]
 _ATTEMPTS = 5
+_THREADS = 8
+"""Files hashed at a time: hashlib lets other threads run, and an artifact has two or three large files."""
+_SETTLED_NS = 2_000_000_000
+"""Of a file that changed later than this before it was hashed, a further change may not show in its times."""
 _REFUSED = "make the artifact again, or copy it again from where it was whole"
 
 
@@ -34,12 +40,16 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`facts` is the JSON object as written; the attributes are what code decides by."""
+    """`facts` is the JSON object as written; the attributes are what code decides by.
+
+    `stamps` tells, by file that was hashed, which file that was and when it last changed; see `_stamp`.
+    """
 
     status: Status
     name: str
     files: Mapping[str, FileEntry]
     facts: Mapping[str, Any]
+    stamps: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
 
 def write_manifest(folder: Path, status: Status, name: str, facts: Mapping[str, Any]) -> Manifest:
@@ -58,7 +68,7 @@ def write_manifest(folder: Path, status: Status, name: str, facts: Mapping[str, 
     return Manifest(status, name, files, data)
 
 
-def read_manifest(folder: Path, *, check_files: bool = True) -> Manifest:
+def read_manifest(folder: Path, *, check_files: bool = True, known: Manifest | None = None) -> Manifest:
     """Reads a folder's manifest and checks that every file is the one that it names, and that there is no other.
 
     An artifact that is published anew meanwhile is read again from the start.
@@ -66,6 +76,7 @@ def read_manifest(folder: Path, *, check_files: bool = True) -> Manifest:
     Args:
         folder: An artifact.
         check_files: False checks the manifest alone, for listings.
+        known: What an earlier reading in this process gave: files that nobody has written since are not hashed again.
 
     Raises:
         ArtifactError: not an artifact, of a newer schema, or anything was altered, added or removed.
@@ -73,11 +84,11 @@ def read_manifest(folder: Path, *, check_files: bool = True) -> Manifest:
     for _ in range(_ATTEMPTS):
         before = _identity(folder)
         try:
-            return _read(folder, check_files)
+            return _read(folder, check_files, known)
         except ArtifactError:
             if _identity(folder) == before:
                 raise
-    return _read(folder, check_files)
+    return _read(folder, check_files, known)
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
@@ -88,7 +99,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     return facts.st_dev, facts.st_ino
 
 
-def _read(folder: Path, check_files: bool) -> Manifest:
+def _read(folder: Path, check_files: bool, known: Manifest | None) -> Manifest:
     data = _read_checked(folder)
     if data.get("schema") != SCHEMA:
         raise ArtifactError(
@@ -102,9 +113,9 @@ def _read(folder: Path, check_files: bool) -> Manifest:
         raise ArtifactError(f"{folder / MANIFEST} lacks {error}", fix=_REFUSED) from error
     if status not in get_args(Status):
         raise ArtifactError(f"{folder} has the unknown status {status!r}", fix=_REFUSED)
-    if check_files:
-        _check_files(folder, files)
-    return Manifest(status, name, files, data)
+    seen = known.stamps if known is not None and known.files == files else {}
+    stamps = _check_files(folder, files, seen) if check_files else {}
+    return Manifest(status, name, files, data, stamps)
 
 
 def _read_checked(folder: Path) -> dict[str, Any]:
@@ -132,26 +143,52 @@ def _read_checked(folder: Path) -> dict[str, Any]:
     return data
 
 
-def _check_files(folder: Path, files: Mapping[str, FileEntry]) -> None:
+def _check_files(
+    folder: Path, files: Mapping[str, FileEntry], known: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
     present = set(_files_in(folder))
     for path in sorted(present - set(files)):
         raise ArtifactError(f"{folder / path} is not in the artifact's manifest", why="a file was added", fix=_REFUSED)
-    for path, entry in files.items():
+    for path in files:
         if path not in present:
             raise ArtifactError(f"{folder / path} is missing", fix=_REFUSED)
-        try:
-            size = (folder / path).stat().st_size
-            same = size == entry.size and hash_file(folder / path) == entry.sha256
-        except OSError as error:
-            raise ArtifactError(f"cannot read {folder / path}: {error.strerror or error}") from error
-        if not same:
-            raise ArtifactError(
-                f"{folder / path} was altered",
-                why=f"it has {size} bytes, the manifest says {entry.size}"
-                if size != entry.size
-                else f"its SHA-256 is not {entry.sha256[:16]}…, which the manifest says",
-                fix=_REFUSED,
-            )
+    with ThreadPoolExecutor(_THREADS) as pool:
+        # In the manifest's order, so that of several faults always the same is told.
+        checks = {path: pool.submit(_check_file, folder / path, files[path], known.get(path)) for path in files}
+        stamps = {path: check.result() for path, check in checks.items()}
+    return {path: stamp for path, stamp in stamps.items() if stamp}
+
+
+def _check_file(path: Path, entry: FileEntry, known: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The stamp of a file that is the one that its entry says."""
+    try:
+        stamp = _stamp(path)
+        if stamp and stamp == known:
+            return stamp
+        size = path.stat().st_size
+        same = size == entry.size and hash_file(path) == entry.sha256
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
+    if not same:
+        raise ArtifactError(
+            f"{path} was altered",
+            why=f"it has {size} bytes, the manifest says {entry.size}"
+            if size != entry.size
+            else f"its SHA-256 is not {entry.sha256[:16]}…, which the manifest says",
+            fix=_REFUSED,
+        )
+    return stamp
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Which file it is and when it was last written or replaced; () where a change from now on might not show.
+
+    The time of the last change of an inode (`ctime`) cannot be set by a program, unlike `mtime`.
+    """
+    facts = path.stat()
+    if time.time_ns() - facts.st_ctime_ns < _SETTLED_NS:
+        return ()
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 def _files_in(folder: Path) -> list[str]:

@@ -6,16 +6,18 @@ import os
 import random
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from tiny_models import write_tiny
 
 import trtforge
+from trtforge.converter import manifest as manifests
 from trtforge.converter.artifact import open_artifact
 from trtforge.converter.manifest import read_manifest, write_manifest
 from trtforge.runtime.errors import ArtifactError
-from trtforge.runtime.publish import hash_bytes, publish_folder, staging_folder
+from trtforge.runtime.publish import hash_bytes, hash_file, publish_folder, staging_folder
 
 
 @pytest.fixture
@@ -219,3 +221,36 @@ def test_reading_while_another_publishes(folder: Path, tmp_path: Path) -> None:
         stop.set()
         thread.join()
     assert len(seen) > 1
+
+
+def test_files_that_nobody_wrote_since_are_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.bin", "b.bin"):
+        (tmp_path / name).write_bytes(name.encode() * 1000)
+    write_manifest(tmp_path, "built", "m", {})
+    hashed: list[str] = []
+
+    def count(path: Path) -> str:
+        hashed.append(path.name)
+        return hash_file(path)
+
+    monkeypatch.setattr(manifests, "hash_file", count)
+    fresh = read_manifest(tmp_path)
+    assert not fresh.stamps  # written a moment ago: a change might not show
+    read_manifest(tmp_path, known=fresh)
+    assert sorted(hashed) == ["a.bin", "a.bin", "b.bin", "b.bin"]
+    monkeypatch.setattr(manifests, "_SETTLED_NS", 0)
+    settled = read_manifest(tmp_path)
+    hashed.clear()
+    assert read_manifest(tmp_path, known=settled).stamps == settled.stamps
+    assert not hashed
+    # A byte altered in place, with its size and its time of writing put back.
+    place = tmp_path / "b.bin"
+    times = place.stat()
+    altered = bytearray(place.read_bytes())
+    altered[500] ^= 1
+    time.sleep(0.02)
+    place.write_bytes(altered)
+    os.utime(place, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ArtifactError, match=r"b\.bin was altered"):
+        read_manifest(tmp_path, known=settled)
+    assert hashed == ["b.bin"]
