@@ -120,6 +120,27 @@ def diff(
     raise typer.Exit(run(old, new, as_json=as_json))
 
 
+@app.command("export-triton")
+def export_triton(
+    path: ArtifactPath,
+    repository: Annotated[Path, typer.Argument(help="Triton's model repository; made where it is not there.")],
+    name: Annotated[str | None, typer.Option(help="The model's name there; else the artifact's.")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="The proved ONNX, for Triton's onnxruntime backend.")] = False,
+    allow_unvalidated: Annotated[
+        bool, typer.Option("--allow-unvalidated", help="Export an engine that has never run, too.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an artifact into a Triton model repository, as the next version of its model."""
+    from trtforge.converter import commands
+
+    raise typer.Exit(
+        commands.export_triton(
+            path, repository, name=name, onnx=onnx, allow_unvalidated=allow_unvalidated, as_json=as_json
+        )
+    )
+
+
 @app.command()
 def report(
     path: Annotated[Path, typer.Argument(help="An artifact's folder, NAME.failed, or a folder of them.")],

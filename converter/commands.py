@@ -20,7 +20,7 @@ from trtforge.converter.terminal import (
 )
 from trtforge.runtime.errors import ConfigError, TrtForgeError
 
-__all__ = ["bisect", "calibrate", "convert", "inspect", "report", "validate"]
+__all__ = ["bisect", "calibrate", "convert", "export_triton", "inspect", "report", "validate"]
 
 
 def convert(file: Path, *, only: str | None, output: Path, jobs: int, force: bool, as_json: bool) -> int:
@@ -111,6 +111,27 @@ def inspect(path: Path, *, as_json: bool) -> int:
         return 0
     for title, columns, rows in _inspection_tables(facts):
         print_table(title, columns, rows)
+    return 0
+
+
+def export_triton(
+    path: Path, repository: Path, *, name: str | None, onnx: bool, allow_unvalidated: bool, as_json: bool
+) -> int:
+    """Writes an artifact into a Triton model repository."""
+    from trtforge.converter import export_triton as triton
+    from trtforge.converter.progress import Stages
+
+    with ProgressView() as view:
+        view.name = path.name
+        found = triton.export_triton(
+            path, repository, stages=Stages(view.show), name=name, onnx=onnx, allow_unvalidated=allow_unvalidated
+        )
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_text(f"{found.path}: version {found.version}{'' if found.added else ', there already'}")
+        if found.note:
+            print_text(f"  {found.note}")
     return 0
 
 
