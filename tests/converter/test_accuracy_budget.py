@@ -133,3 +133,25 @@ def test_from_python_with_functions_and_live_data(tmp_path: Path) -> None:
         convert(metric="top1", maxdrop=0.001)
     with pytest.raises(trtforge.ConfigError, match="max_drop"):
         convert(metric="top1", max_drop=2)
+
+
+def test_a_search_with_samples_of_its_own_leaves_the_budgets_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)).eval()
+
+    def data(seed: int, count: int) -> list[np.ndarray]:
+        rng = np.random.default_rng(seed)
+        return [rng.standard_normal((8, 6)).astype(np.float32) for _ in range(count)]
+
+    artifact = trtforge.convert(
+        model, torch.randn(4, 6), tmp_path / "m", precision="int8", dims={"batch": (1, 4, 8)},
+        inputs={"input": ("batch", 6)}, calibration=data(0, 20), search={"data": data(1, 25)},
+        accuracy={"metric": "top1", "labels": "model", "max_drop": 0.1, "data": data(2, 50)},
+    )  # fmt: skip
+    search = artifact.facts["search"]
+    assert search["own_samples"] == 200
+    assert search["error_per_look"] == 0.05
+    (result,) = artifact.facts["accuracy"]["results"]
+    assert (result["samples"], result["error"]) == (400, 0.05)
+    (row,) = search["candidates"]
+    assert (row["layers"], row["looks"], row["passed"]) == (2, row["evaluations"], True)
