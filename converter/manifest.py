@@ -25,6 +25,7 @@ Status = Literal["validated", "built", "portable", "failed"]
 _ATTEMPTS = 5
 _THREADS = 8
 """Files hashed at a time: hashlib lets other threads run, and an artifact has two or three large files."""
+_LARGE_BYTES = 8 << 20
 _SETTLED_NS = 2_000_000_000
 """Of a file that changed later than this before it was hashed, a further change may not show in its times."""
 _REFUSED = "make the artifact again, or copy it again from where it was whole"
@@ -152,11 +153,19 @@ def _check_files(
     for path in files:
         if path not in present:
             raise ArtifactError(f"{folder / path} is missing", fix=_REFUSED)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        # In the manifest's order, so that of several faults always the same is told.
-        checks = {path: pool.submit(_check_file, folder / path, files[path], known.get(path)) for path in files}
-        stamps = {path: check.result() for path, check in checks.items()}
+    stamps = {
+        path: _check_file(folder / path, files[path], known.get(path)) for path in files if not _is_large(files[path])
+    }
+    if large := [path for path in files if _is_large(files[path])]:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            checks = {path: pool.submit(_check_file, folder / path, files[path], known.get(path)) for path in large}
+            stamps |= {path: check.result() for path, check in checks.items()}
     return {path: stamp for path, stamp in stamps.items() if stamp}
+
+
+def _is_large(entry: FileEntry) -> bool:
+    # Threads for small files would cost a reader time in which another process may publish the artifact anew.
+    return entry.size > _LARGE_BYTES
 
 
 def _check_file(path: Path, entry: FileEntry, known: tuple[int, ...] | None) -> tuple[int, ...]:
