@@ -169,6 +169,9 @@ def _try(bench: Workbench, plan: PrecisionPlan, kind: Precision, search: Search)
     # What is not built gives no measure to mend by.
     if plain.passed or "unbuilt" in plain.facts or kind in ("fp32", "tf32") or search.looks < 2:
         return row(plan, plain)
+    if kind in QUANTIZED:
+        # Neighbours share groups: those of like work, so that what is cheap to put back is not held by what is dear.
+        units = sorted(units, key=lambda unit: unit.share)
     feeds = bench.calibration_feeds() if kind in QUANTIZED else bench.failing_feeds(plain)
     measurements = search.evaluations - search.looks
     groups = rank_units(units, bench.harm(kind, plan.base, feeds), max(measurements, 1))
