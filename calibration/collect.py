@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import queue
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-from trtforge.calibration.count import native_kernel
 from trtforge.calibration.histogram import Histogram, merge
 from trtforge.calibration.stream import (
     OnSamples,
@@ -212,16 +209,11 @@ def _run(
     states: queue.SimpleQueue[Collected] = queue.SimpleQueue()
     for _ in range(workers):
         states.put(Collected({name: Histogram() for name in tensors}))
-    counting: AbstractContextManager[object] = nullcontext() if native_kernel() is not None else threading.Lock()
 
     def work(unit: Unit) -> int:
         state = states.get()
         try:
-            activations = taps.run(unit.feeds)
-            # numpy counts with the interpreter's lock held: threads that count at once wake each other for nothing
-            # (half the speed of one), where one may count while the others are inside onnxruntime.
-            with counting:
-                _take(state, activations, unit)
+            _take(state, taps.run(unit.feeds), unit)
         finally:
             states.put(state)
         return unit.samples

@@ -16,7 +16,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,16 +45,9 @@ def peak_bits(flat: Floats) -> int:
 
     Bits of non-negative floats are ordered as the floats are, so integer maxima find NaN too.
     """
-    return _peak_and_sign(flat)[0]
-
-
-def _peak_and_sign(flat: Floats) -> tuple[int, bool]:
-    """`peak_bits`, and whether a sign bit is set anywhere."""
     top = int(flat.view(np.uint32).max())
-    if top < _SIGN:
-        return top, False
     # As unsigned, negative floats come above all others and the largest magnitude last; as signed they come below.
-    return max(top - _SIGN, int(flat.view(np.int32).max())), True
+    return top if top < _SIGN else max(top - _SIGN, int(flat.view(np.int32).max()))
 
 
 def count_while_below(flat: Floats, exponent: int, counts: Counts) -> tuple[int, int]:
@@ -76,41 +68,20 @@ def count_while_below(flat: Floats, exponent: int, counts: Counts) -> tuple[int,
 
 def count_numpy(flat: Floats, exponent: int, counts: Counts) -> tuple[int, int]:
     """`count_while_below` without a compiler."""
-    peak, scale = 0, np.float32(2.0**-exponent) if exponent >= _SMALLEST_SCALED else None
-    limit = _limit_bits(exponent)
-    scaled, small, codes = _buffers(flat.size)
+    peak = 0
     for start in range(0, flat.size, _CHUNK):
         chunk = flat[start : start + _CHUNK]
-        size = chunk.size
-        top, negative = _peak_and_sign(chunk)
-        if top >= limit:
+        top = peak_bits(chunk)
+        if top >= _limit_bits(exponent):
             return start, peak
         peak = max(peak, top)
-        # Through buffers that stay: fresh arrays of this size cost page faults, which took as long as the arithmetic.
-        if scale is None:
-            np.copyto(small[:size], np.ldexp(chunk.astype(np.float64), -exponent), casting="unsafe")
+        if exponent < _SMALLEST_SCALED:
+            codes = np.ldexp(chunk.astype(np.float64), -exponent).astype(np.int32)
         else:
             # An exact product, truncated towards zero: the bin, up to its sign.
-            np.multiply(chunk, scale, out=scaled[:size])
-            np.copyto(small[:size], scaled[:size], casting="unsafe")  # to int64 at once it takes twice as long
-        if negative:
-            np.abs(small[:size], out=small[:size])
-        np.copyto(codes[:size], small[:size])
-        counts += np.bincount(codes[:size], minlength=BINS)
+            codes = np.multiply(chunk, np.float32(2.0**-exponent)).astype(np.int32)
+        counts += np.bincount(np.abs(codes), minlength=BINS)
     return flat.size, peak
-
-
-_kept = threading.local()
-
-
-def _buffers(size: int) -> tuple[Floats, NDArray[np.int32], NDArray[np.int64]]:
-    """This thread's room for one chunk, which stays: 1 MiB at most."""
-    size = min(size, _CHUNK)
-    found: tuple[Floats, NDArray[np.int32], NDArray[np.int64]] | None = getattr(_kept, "buffers", None)
-    if found is None or found[0].size < size:
-        found = np.empty(size, np.float32), np.empty(size, np.int32), np.empty(size, np.int64)
-        _kept.buffers = found
-    return found
 
 
 @functools.cache
