@@ -23,10 +23,11 @@ from trtforge.converter.config import (
     parse_accuracy,
     parse_profiles,
     parse_search,
+    resolve_target,
 )
 from trtforge.converter.pipeline import LiveData, run_pipeline
 from trtforge.converter.progress import OnEvent, Stages, ignore_events
-from trtforge.converter.schema import AccuracySection, SearchSection
+from trtforge.converter.schema import AccuracySection, SearchSection, TargetSection
 from trtforge.converter.sources import LoadedModel, PythonExample, load_source, module_hash
 from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.precision import PrecisionPlan
@@ -66,6 +67,7 @@ def convert(
     opset: int | None = None,
     optimization_level: int | None = None,
     workspace_mib: int | None = None,
+    target: Mapping[str, Any] | None = None,
     on_event: OnEvent = ignore_events,
 ) -> Artifact:
     """Converts a model to an artifact: exported, cast, proved against the model, built, and proved again on a GPU.
@@ -100,6 +102,7 @@ def convert(
         opset: ONNX opset; by default the highest that the backend takes well.
         optimization_level: 0 to 5, TensorRT's builder optimization level.
         workspace_mib: Limit of TensorRT's workspace, MiB.
+        target: The other keys of YAML's `target`: `{"weight_streaming": True, "timing_cache": "timings.bin"}`.
         on_event: Called with progress.
 
     Returns:
@@ -112,12 +115,12 @@ def convert(
         ParityError: it does not equal the model; nothing is published at `output`, see `output + ".failed"`.
         AccuracyError: it does not keep the budget, or the samples are too few to show it; likewise.
     """
-    target = Path(output)
+    place = Path(output)
     plan = _plan(precision) if overflow_guard else replace(_plan(precision), overflow_guard=False)
     budget = parse_budget(accuracy)
     config = ConversionConfig(
-        name=target.name,
-        model=target.name,
+        name=place.name,
+        model=place.name,
         source=_source(model),
         profiles=parse_profiles(dims or {}),
         outputs=tuple(outputs),
@@ -129,14 +132,23 @@ def convert(
             method=calibration_method, smoothing=smoothing, rounding=rounding, bias_correction=bias_correction
         ),
         validation=Validation(tolerance=dict(tolerance or {}), accuracy=budget),
-        target=Target(backend, tuple(compute_capabilities), opset, optimization_level, workspace_mib),
+        target=parse_target(
+            {
+                "backend": backend,
+                "compute_capabilities": list(compute_capabilities),
+                "opset": opset,
+                "optimization_level": optimization_level,
+                "workspace_mib": workspace_mib,
+                **(target or {}),
+            }
+        ),
     )
     stages = Stages(on_event)
     with stages.stage("load"):
         loaded = _load(model, example_inputs, dict(inputs or {}), config)
         loaded = _with_custom_ops(loaded, custom_ops)
     live = LiveData(validation, calibration, (accuracy or {}).get("data"), (search or {}).get("data"))
-    return run_pipeline(config, loaded, target, stages, live)
+    return run_pipeline(config, loaded, place, stages, live)
 
 
 def load(path: str | Path, *, allow_unvalidated: bool = False) -> Any:
@@ -185,6 +197,22 @@ def _search(given: Mapping[str, Any] | None, *, auto: bool) -> Search:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(f"search: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def parse_target(given: Mapping[str, Any]) -> Target:
+    """What `convert(target=…)` asks to build for; paths start at the working folder.
+
+    Raises:
+        ConfigError: a key or a value is wrong.
+    """
+    for key in given:
+        if key not in TargetSection.model_fields:
+            raise ConfigError(f"target has no key {key!r}", fix=nearest(key, TargetSection.model_fields))
+    try:
+        return resolve_target(TargetSection.model_validate(dict(given)), Path())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigError(f"target: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def _plan(precision: str | Mapping[str, Any] | PrecisionPlan) -> PrecisionPlan:

@@ -11,6 +11,7 @@ from trtforge.converter.manifest import Manifest, Status, read_manifest
 from trtforge.runtime.errors import ArtifactError
 from trtforge.runtime.precision import PrecisionPlan
 from trtforge.runtime.specs import DimRange, InputSpec, Profile, TensorSpec, ValueRange
+from trtforge.runtime.trt.options import BuildOptions, LoadOptions
 
 if TYPE_CHECKING:
     from trtforge.runtime.engine import Engine
@@ -72,6 +73,11 @@ class Artifact:
         return PrecisionPlan.load(self.path / PLAN)
 
     @property
+    def build_options(self) -> BuildOptions:
+        """The builder's switches that the engine was built with, or is to be."""
+        return BuildOptions.from_json(self.facts["target"])
+
+    @property
     def reference(self) -> Path:
         """The float graph."""
         return self.path / REFERENCE
@@ -86,15 +92,18 @@ class Artifact:
         """TensorRT's plan file, where there is one."""
         return self.path / ENGINE if ENGINE in self.manifest.files else None
 
-    def load(self, *, allow_unvalidated: bool = False) -> Engine:
+    def load(self, *, allow_unvalidated: bool = False, weight_budget_mib: int | None = None) -> Engine:
         """The engine, ready to be called with torch tensors on the GPU.
 
         Args:
             allow_unvalidated: Load a `built` engine, which has never run, too.
+            weight_budget_mib: How much of the weights may stay on the GPU, MiB, where the engine was built with
+                `weight_streaming`; None: all of them.
 
         Raises:
             ArtifactError: failed, not validated, without an engine, altered since it was opened, or made for another
                 TensorRT or GPU.
+            ConfigError: a budget for weights that were not built to stream.
         """
         if self.status == "failed":
             raise ArtifactError(
@@ -113,7 +122,8 @@ class Artifact:
         from trtforge.runtime.engine import Engine
 
         read_manifest(self.path, known=self.manifest)
-        facts = self.facts["engine"]
+        facts, built = self.facts["engine"], self.build_options
+        options = LoadOptions(built.version_compatible, built.hardware_compatibility, weight_budget_mib)
         return Engine(
             self.engine,
             backend=facts["backend"],
@@ -121,6 +131,7 @@ class Artifact:
             device=self.facts.get("device"),
             digest=self.manifest.files[ENGINE].sha256,
             tf32=facts["tf32"],
+            options=options,
         )
 
 

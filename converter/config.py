@@ -24,12 +24,14 @@ from trtforge.converter.schema import (
     ModelSection,
     SearchSection,
     SourceSection,
+    TargetSection,
 )
 from trtforge.converter.yaml_source import KeyPath, YamlSource, read_yaml
 from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.precision import QUANTIZED, Precision, PrecisionPlan
 from trtforge.runtime.specs import DimRange, InputSpec, Profile, ValueRange
 from trtforge.runtime.suggest import nearest
+from trtforge.runtime.trt.options import DEFAULT_BUILD, BuildOptions
 
 __all__ = [
     "Accuracy",
@@ -46,6 +48,7 @@ __all__ = [
     "parse_profiles",
     "parse_search",
     "read_config",
+    "resolve_target",
 ]
 
 
@@ -78,8 +81,7 @@ class Target:
     backend: str = "auto"
     compute_capabilities: tuple[str, ...] = ()
     opset: int | None = None
-    optimization_level: int | None = None
-    workspace_mib: int | None = None
+    options: BuildOptions = DEFAULT_BUILD
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,16 +431,18 @@ def _resolve(name: str, model_name: str, model: ModelSection, source: YamlSource
             {k: v for k, v in model.validation.tolerance.model_dump().items() if v is not None},
             parse_accuracy(model.validation.accuracy),
         ),
-        target=Target(
-            model.target.backend,
-            tuple(model.target.compute_capabilities),
-            model.target.opset,
-            model.target.optimization_level,
-            model.target.workspace_mib,
-        ),
+        target=resolve_target(model.target, folder),
         folder=folder,
         origin=source.path,
     )
+
+
+def resolve_target(section: TargetSection, folder: Path) -> Target:
+    """What a section asks to build for; the timing cache's path starts at `folder`."""
+    values = section.model_dump(exclude={"backend", "compute_capabilities", "opset", "timing_cache"})
+    cache = None if section.timing_cache is None else folder / Path(section.timing_cache).expanduser()
+    options = BuildOptions(timing_cache=cache, **values)
+    return Target(section.backend, tuple(section.compute_capabilities), section.opset, options)
 
 
 def parse_accuracy(section: AccuracySection | None) -> Accuracy | None:

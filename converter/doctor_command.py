@@ -21,7 +21,7 @@ _TITLES = {
     "plugins": "plugins",
     "timing_cache": "timing cache",
     "version_compatible": "engines for later releases",
-    "hardware_compatible": "engines for a family of GPUs",
+    "hardware_compatibility": "engines for a family of GPUs",
     "weight_streaming": "weight streaming",
     "refit": "refit",
 }
@@ -102,7 +102,7 @@ def _capabilities(found: Diagnosis) -> Rows:
     capabilities = found.backend.capabilities
     rows = []
     for name, title in _TITLES.items():
-        can = getattr(capabilities, name) is not (name == "needs_gpu_to_build")
+        can = bool(getattr(capabilities, name)) is not (name == "needs_gpu_to_build")
         rows.append([title, "yes" if can else "no"])
     rows.append(["targets ahead of time", ", ".join(capabilities.targets) or "the GPU of this machine alone"])
     refused = ", ".join(sorted(capabilities.refused_devices))

@@ -213,8 +213,7 @@ def _facts(package: Package) -> dict[str, Any]:
         "target": {
             "backend": config.target.backend,
             "compute_capabilities": list(config.target.compute_capabilities),
-            "optimization_level": config.target.optimization_level,
-            "workspace_mib": config.target.workspace_mib,
+            **config.target.options.to_json(),
         },
         "device": device and device_entry(device),
         "tolerance": package.tolerance.to_json() if package.tolerance else None,

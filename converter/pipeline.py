@@ -346,8 +346,7 @@ class _Run:
             profiles=engine_profiles(specs, self.config.profiles),
             tf32=(plan or self.config.plan).float_default == "tf32",
             compute_capabilities=target.compute_capabilities,
-            optimization_level=target.optimization_level,
-            workspace_bytes=target.workspace_mib and target.workspace_mib << 20,
+            options=target.options,
         )
         built = build_engine(request, on_event=self.stages.forward)
         wanted = {(s.name, s.dtype) for s in (*model.inputs, *model.outputs)}
@@ -373,6 +372,7 @@ class _Run:
             precision=self.config.plan.default,
             tolerance=tolerance,
             tf32=self.config.plan.float_default == "tf32",
+            version_compatible=self.config.target.options.version_compatible,
         )
 
     def _record_labelled(self, specs: tuple[InputSpec, ...], runner: Runner) -> LabelledSet | None:
@@ -417,13 +417,16 @@ def find_buildable(config: ConversionConfig, stages: Stages) -> Backend | None:
 
     Raises:
         MissingDependencyError: no TensorRT is installed, and the configuration does not name the full one.
+        ConfigError: the target has an option that the backend lacks.
     """
     from trtforge.runtime.device import gpu_present
     from trtforge.runtime.errors import MissingDependencyError
     from trtforge.runtime.trt.backend import find_backend
+    from trtforge.runtime.trt.options import check_options
 
     try:
         backend = find_backend(config.target.backend)
+        check_options(config.target.options, backend)
     except MissingDependencyError as error:
         if config.target.backend == "auto":
             raise

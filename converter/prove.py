@@ -109,6 +109,7 @@ def prove_engine(
     precision: Precision,
     tolerance: Tolerance,
     tf32: bool,
+    version_compatible: bool = False,
 ) -> ParityReport:
     """Runs an engine on the GPU in a child process and compares it with the golden set.
 
@@ -122,6 +123,7 @@ def prove_engine(
         precision: The plan's default.
         tolerance: The limits.
         tf32: Whether it was built with TF32 allowed.
+        version_compatible: Whether it was built to load on later releases.
 
     Raises:
         ArtifactError: it does not load on this machine.
@@ -132,7 +134,15 @@ def prove_engine(
     results = bench.work / "engine.safetensors"
     try:
         feeds = _feeds_for(inputs, bench)
-        facts = run_engine(engine, backend, feeds, results, on_event=bench.stages.forward, tf32=tf32)
+        facts = run_engine(
+            engine,
+            backend,
+            feeds,
+            results,
+            on_event=bench.stages.forward,
+            tf32=tf32,
+            version_compatible=version_compatible,
+        )
     except ChildCrashError as error:
         raise ParityError("the engine crashed on the golden set", why=f"{error.what}\n{error.why}") from error
     hashes = {"graph": graph, "engine": hash_file(engine)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -81,7 +82,6 @@ def _tf32(artifact: Artifact) -> bool:
 
 def _build(artifact: Artifact, model: OnnxModel, backend: Backend, engine: Path, stages: Stages) -> BuiltEngine:
     wanted = artifact.facts["target"]
-    workspace = wanted["workspace_mib"]
     request = BuildRequest(
         onnx=model.path,
         engine=engine,
@@ -89,8 +89,8 @@ def _build(artifact: Artifact, model: OnnxModel, backend: Backend, engine: Path,
         profiles=engine_profiles(artifact.inputs, artifact.profiles),
         tf32=_tf32(artifact),
         compute_capabilities=tuple(wanted["compute_capabilities"]),
-        optimization_level=wanted["optimization_level"],
-        workspace_bytes=workspace and workspace << 20,
+        # The cache's path is the other machine's: an artifact from elsewhere must not say where to write here.
+        options=replace(artifact.build_options, timing_cache=None),
     )
     return build_engine(request, on_event=stages.forward)
 

@@ -17,6 +17,7 @@ from trtforge.runtime.errors import ArtifactError
 from trtforge.runtime.graph import OnnxModel, describe_model, load_graph
 from trtforge.runtime.publish import staging_folder
 from trtforge.runtime.trt.backend import Backend, find_backend
+from trtforge.runtime.trt.load import loads_version
 from trtforge.validation.golden import GoldenSet
 from trtforge.validation.parity import ParityReport
 from trtforge.validation.proof import Proof
@@ -72,10 +73,12 @@ def check_fits(artifact: Artifact, device: DeviceFacts) -> Backend:
     """
     facts = artifact.facts["engine"]
     backend = find_backend(facts["backend"])
-    if backend.version != facts["version"]:
+    compatible = artifact.build_options.version_compatible
+    if not loads_version(facts["version"], backend.version, compatible=compatible):
         raise ArtifactError(
             f"{artifact.path} was built by {facts['backend']} {facts['version']}, this machine has {backend.version}",
-            why="an engine loads on the release that built it only",
+            why="an engine loads on the release that built it"
+            + (" and later ones of its major" if compatible else " only"),
             fix=f"pip install {facts['backend']}=={facts['version']}, or convert again here",
         )
     if not backend.capabilities.runs_on(device.compute_capability):
@@ -128,6 +131,7 @@ def prove_again(artifact: Artifact, model: OnnxModel, engine: Path, backend: str
         precision=artifact.facts["precision"],
         tolerance=Tolerance.from_json(artifact.facts["tolerance"]),
         tf32=artifact.plan.float_default == "tf32",
+        version_compatible=artifact.build_options.version_compatible,
     )
     report.raise_unless_passed()
     return report

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trtforge.runtime.specs import DTYPES
+from trtforge.runtime.trt.options import HardwareCompatibility, Tiling
 
 __all__ = [
     "AccuracySection",
@@ -133,6 +134,12 @@ class TargetSection(Section):
     opset: Annotated[int, Field(ge=13, le=23, strict=True)] | None = None
     optimization_level: Annotated[int, Field(ge=0, le=5, strict=True)] | None = None
     workspace_mib: Positive | None = None
+    tiling: Tiling | None = None
+    timing_cache: str | None = None
+    version_compatible: Annotated[bool, Field(strict=True)] = False
+    hardware_compatibility: HardwareCompatibility = "none"
+    weight_streaming: Annotated[bool, Field(strict=True)] = False
+    refit: Annotated[bool, Field(strict=True)] = False
 
     @model_validator(mode="before")
     @classmethod

@@ -33,6 +33,8 @@ from trtforge.runtime.torch_runner import from_torch
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from trtforge.runtime.trt.options import LoadOptions
+
 __all__ = ["Engine"]
 
 _PLANS_KEPT = 1024
@@ -66,6 +68,7 @@ class Engine:
         graphs: How many CUDA graphs each context keeps; 0 for none.
         tf32: Whether the engine was built with TF32 allowed. Engines with and without it cannot live in one process at
             a time: TensorRT has one switch for all.
+        options: How it was built, and how much of its weights may stay on the GPU.
 
     Raises:
         MissingDependencyError: the backend is not installed.
@@ -84,10 +87,13 @@ class Engine:
         contexts: int = 4,
         graphs: int = 32,
         tf32: bool = False,
+        options: LoadOptions | None = None,
     ) -> None:
+        from trtforge.runtime.trt.options import LoadOptions
         from trtforge.runtime.trt.session import EngineSession
 
-        session = EngineSession(path, backend, version, device, digest, tf32=tf32)
+        options = options or LoadOptions()
+        session = EngineSession(path, backend, version, device, digest, tf32=tf32, options=options)
         self._start(session, torch.device("cuda", 0), current_gpu_stream, contexts, graphs)
 
     @classmethod

@@ -39,9 +39,10 @@ class Capabilities:
         plugins: Plugins can be registered.
         timing_cache: A timing cache changes build time; a compiler without tactic timing has no use for one.
         version_compatible: VERSION_COMPATIBLE engines load on later releases.
-        hardware_compatible: Engines can be built for a family of GPUs rather than this model.
+        hardware_compatibility: Families of GPUs, rather than this model, that an engine can be built for.
         weight_streaming: WEIGHT_STREAMING is taken at build.
         refit: REFIT and STRIP_PLAN are taken at build.
+        tiling: `tiling_optimization_level` is there.
     """
 
     needs_gpu_to_build: bool
@@ -61,9 +62,10 @@ class Capabilities:
     plugins: bool
     timing_cache: bool
     version_compatible: bool
-    hardware_compatible: bool
+    hardware_compatibility: tuple[str, ...]
     weight_streaming: bool
     refit: bool
+    tiling: bool
 
     def runs_on(self, compute_capability: str) -> bool:
         """Whether engines are known not to be refused on a GPU of this compute capability ("8.9")."""
@@ -122,9 +124,10 @@ _RTX_1_5 = Capabilities(
     plugins=False,
     timing_cache=False,
     version_compatible=False,
-    hardware_compatible=True,
+    hardware_compatibility=(),  # the builder keeps NONE, whatever is set
     weight_streaming=True,
     refit=False,
+    tiling=True,
 )
 _RTX_1_7 = replace(_RTX_1_5, int8_conv=True, refused_devices=frozenset({"9.0"}))
 # Fused attention came to the full TensorRT with IAttention, in 10.14.
@@ -146,11 +149,13 @@ _TRT_10_8 = Capabilities(
     plugins=True,
     timing_cache=True,
     version_compatible=True,
-    hardware_compatible=True,
+    hardware_compatibility=("ampere_plus",),
     weight_streaming=True,
     refit=True,
+    tiling=True,
 )
-_TRT_10_14 = replace(_TRT_10_8, max_opset=23)
+# SAME_COMPUTE_CAPABILITY is younger than 10.8; which release brought it is not established.
+_TRT_10_14 = replace(_TRT_10_8, max_opset=23, hardware_compatibility=("ampere_plus", "same_compute_capability"))
 # 11.0 knows strongly typed networks only; the bit that asks for them is still accepted.
 _TRT_11 = replace(_TRT_10_14, explicit_batch_flag=False, strongly_typed_flag=False)
 

@@ -21,6 +21,7 @@ from trtforge.runtime.trt.backend import Backend, find_backend, import_backend
 from trtforge.runtime.trt.header import read_rtx_header
 from trtforge.runtime.trt.messages import BuildLog, make_logger
 from trtforge.runtime.trt.onnx_scan import OnnxScan, scan_onnx
+from trtforge.runtime.trt.options import DEFAULT_BUILD, BuildOptions, check_options, set_options
 from trtforge.runtime.trt.parse import (
     NodeError,
     allow_decomposition,
@@ -30,6 +31,7 @@ from trtforge.runtime.trt.parse import (
 )
 from trtforge.runtime.trt.profiles import Shapes, add_profiles
 from trtforge.runtime.trt.tf32 import set_build_tf32
+from trtforge.runtime.trt.timing_cache import keep_timings, use_timings
 
 __all__ = ["BuildRequest", "BuiltEngine", "Shapes", "build_engine", "build_task"]
 
@@ -48,8 +50,7 @@ class BuildRequest:
         tf32: Whether float32 matrix products may round their inputs to TF32 (10 bits of mantissa).
         compute_capabilities: Targets of an engine built ahead of time ("8.9"); empty: this GPU, or the backend's
             portable default without one.
-        optimization_level: 0 to 5; None: the backend's default.
-        workspace_bytes: Most scratch memory that a layer may take; None: all of the GPU's.
+        options: Switches of the builder.
     """
 
     onnx: Path
@@ -58,8 +59,7 @@ class BuildRequest:
     profiles: tuple[Mapping[str, Shapes], ...]
     tf32: bool
     compute_capabilities: tuple[str, ...] = ()
-    optimization_level: int | None = None
-    workspace_bytes: int | None = None
+    options: BuildOptions = DEFAULT_BUILD
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def build_engine(request: BuildRequest, on_event: OnEvent | None = None) -> Buil
 
     Raises:
         MissingDependencyError: the backend is not installed.
-        ConfigError: a target or level that the backend does not have.
+        ConfigError: a target or option that the backend does not have.
         BuildError: TensorRT could not parse or build it, would have built a broken engine, or crashed natively.
         ArtifactError: the engine cannot be written.
         KeyboardInterrupt: once the child has been stopped; nothing is left behind.
@@ -125,8 +125,7 @@ def build_engine(request: BuildRequest, on_event: OnEvent | None = None) -> Buil
         "profiles": [{name: list(map(list, shapes)) for name, shapes in p.items()} for p in request.profiles],
         "tf32": request.tf32,
         "targets": targets,
-        "optimization_level": request.optimization_level,
-        "workspace_bytes": request.workspace_bytes,
+        "options": request.options.to_json(),
     }
     try:
         answer = run_child("trt.build", args, on_event=watch)
@@ -187,6 +186,8 @@ def build_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     allow_decomposition(trt, network)
     inputs, outputs = network_specs(network)
     config = _configure(trt, builder, args)
+    timings = args["options"]["timing_cache"]
+    warnings = use_timings(config, Path(timings)) if timings else []
     add_profiles(builder, config, inputs, args["profiles"])
     monitor = _make_monitor(trt, emit)
     config.progress_monitor = monitor
@@ -199,6 +200,8 @@ def build_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         return {"failure": {"kind": "inconsistent", "ends": log.inconsistent}}
     if plan is None:
         return {"failure": {"kind": "build", "log": log.errors}}
+    if timings:
+        keep_timings(config, Path(timings))
     size, sha256 = _write(Path(args["engine"]), plan)
     return {
         "sha256": sha256,
@@ -206,7 +209,7 @@ def build_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         "version": trt.__version__,
         "inputs": [spec.to_json() for spec in inputs],
         "outputs": [spec.to_json() for spec in outputs],
-        "warnings": log.warnings,
+        "warnings": [*warnings, *log.warnings],
         "seconds": {"parse": parse_seconds, "build": build_seconds},
     }
 
@@ -214,9 +217,7 @@ def build_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
 def _targets(request: BuildRequest, backend: Backend) -> list[str]:
     """What to set in the builder: names of compute capabilities, "CURRENT" for this GPU, or nothing at all."""
     known = backend.capabilities.targets
-    level = request.optimization_level
-    if level is not None and not 0 <= level <= 5:
-        raise ConfigError(f"optimization level {level} is not 0 to 5", fix="leave it out for the default")
+    check_options(request.options, backend)
     if unknown := [target for target in request.compute_capabilities if target not in known]:
         raise ConfigError(
             f"{backend} cannot build for compute capability {', '.join(unknown)}",
@@ -280,10 +281,7 @@ def _configure(trt: ModuleType, builder: Any, args: Mapping[str, Any]) -> Any:
     (config.set_flag if args["tf32"] else config.clear_flag)(trt.BuilderFlag.TF32)
     # The engine inspector then names the ONNX nodes and types of each layer.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if args["optimization_level"] is not None:
-        config.builder_optimization_level = args["optimization_level"]
-    if args["workspace_bytes"] is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, args["workspace_bytes"])
+    set_options(trt, config, BuildOptions.from_json(args["options"]))
     targets: Sequence[str] = args["targets"]
     if targets:
         config.num_compute_capabilities = len(targets)

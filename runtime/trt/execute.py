@@ -23,6 +23,7 @@ from trtforge.runtime.tensors import group_samples, load_tensors, save_tensors
 from trtforge.runtime.trt.backend import find_backend
 from trtforge.runtime.trt.cuda import Cuda, DeviceBuffer
 from trtforge.runtime.trt.load import OpenEngine, ProfileShapes, check_fit
+from trtforge.runtime.trt.options import LoadOptions
 
 __all__ = ["EngineRunner", "inspect_engine", "inspect_task", "run_engine", "run_task", "time_engine", "time_task"]
 
@@ -40,18 +41,22 @@ class EngineRunner:
         engine: The plan file.
         backend: "auto", "tensorrt" or "tensorrt-rtx": what built it.
         tf32: Whether it was built with TF32 allowed.
+        version_compatible: Whether it was built to load on later releases.
 
     Raises:
         MissingDependencyError: the backend is not installed.
         ArtifactError: there is no GPU; the engine is corrupt, was built by another release, or is not for this GPU.
     """
 
-    def __init__(self, engine: Path, backend: str = "auto", *, tf32: bool = False) -> None:
+    def __init__(
+        self, engine: Path, backend: str = "auto", *, tf32: bool = False, version_compatible: bool = False
+    ) -> None:
         found = find_backend(backend)
         check_fit(engine, found)
+        options = LoadOptions(version_compatible=version_compatible)
         self._cuda = Cuda()
         self._buffers: dict[str, DeviceBuffer] = {}
-        self._opened = OpenEngine(engine, found, tf32=tf32)
+        self._opened = OpenEngine(engine, found, tf32=tf32, options=options)
         self._log = self._opened.log
         self._context: Any = self._opened.engine.create_execution_context()
         if self._context is None:
@@ -240,6 +245,7 @@ def run_engine(
     *,
     profiles: Mapping[str, int] | None = None,
     tf32: bool = False,
+    version_compatible: bool = False,
 ) -> dict[str, Any]:
     """Runs every sample of a file in a child process, since a broken engine can end the process.
 
@@ -251,6 +257,7 @@ def run_engine(
         on_event: Receives `{"event": "progress", "phase": "engine", "done", "total"}` after each sample.
         profiles: The optimization profile of samples, by sample; the others run in any that holds them.
         tf32: Whether the engine was built with TF32 allowed.
+        version_compatible: Whether it was built to load on later releases.
 
     Returns:
         `{"runner", "version", "device", "samples", "load_seconds", "seconds", "inputs", "outputs"}`; seconds of running
@@ -267,6 +274,7 @@ def run_engine(
         "outputs": str(outputs),
         "profiles": dict(profiles or {}),
         "tf32": tf32,
+        "version_compatible": version_compatible,
     }
     return _in_child("trt.run", args, engine, on_event)
 
@@ -298,7 +306,13 @@ def run_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     if not samples:
         raise ConfigError(f"{args['feeds']} holds no tensors", fix="record at least one sample `<sample>/<input>`")
     started = time.perf_counter()
-    with contextlib.closing(EngineRunner(Path(args["engine"]), args["backend"], tf32=args["tf32"])) as runner:
+    runner = EngineRunner(
+        Path(args["engine"]),
+        args["backend"],
+        tf32=args["tf32"],
+        version_compatible=args.get("version_compatible", False),
+    )
+    with contextlib.closing(runner):
         loaded = time.perf_counter()
         results: dict[str, Array] = {}
         seconds = 0.0

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from trtforge.runtime.device import DeviceFacts, device_facts
-from trtforge.runtime.errors import ArtifactError
+from trtforge.runtime.errors import ArtifactError, ConfigError
 from trtforge.runtime.specs import TensorSpec
 from trtforge.runtime.trt.backend import Backend, import_backend
 from trtforge.runtime.trt.dtypes import dtype_name
 from trtforge.runtime.trt.header import read_rtx_header
 from trtforge.runtime.trt.messages import BuildLog, make_logger
+from trtforge.runtime.trt.options import DEFAULT_LOAD, HardwareCompatibility, LoadOptions
 from trtforge.runtime.trt.tf32 import Tf32Hold
 
-__all__ = ["OpenEngine", "ProfileShapes", "check_fit"]
+__all__ = ["OpenEngine", "ProfileShapes", "check_fit", "loads_version"]
 
 ProfileShapes = Mapping[str, tuple[tuple[int, ...], ...]]
 """The min, opt and max shape of each input in one optimization profile."""
@@ -32,6 +34,7 @@ class OpenEngine:
         path: The plan file; `check_fit` it first.
         backend: What built it.
         tf32: Whether it was built with TF32 allowed.
+        options: How it was built, and how much of its weights may stay on the GPU.
 
     Attributes:
         trt: TensorRT's Python module.
@@ -45,9 +48,10 @@ class OpenEngine:
         MissingDependencyError: the backend does not load.
         ArtifactError: the plan cannot be read or deserialised, a tensor of it lives on the host, or an engine of the
             other kind of TF32 lives in this process.
+        ConfigError: a budget for weights that were not built to stream.
     """
 
-    def __init__(self, path: Path, backend: Backend, *, tf32: bool) -> None:
+    def __init__(self, path: Path, backend: Backend, *, tf32: bool, options: LoadOptions = DEFAULT_LOAD) -> None:
         self.path = path
         self.backend = backend
         self.trt = import_backend(backend)
@@ -59,9 +63,14 @@ class OpenEngine:
             self._runtime: Any = self.trt.Runtime(logger)
         except TypeError as error:  # the bindings' word for a null pointer
             raise self.refused("finds no runtime") from error
+        if options.version_compatible:
+            # The plan brings a lean runtime, which is code: the artifact's hashes vouch for it.
+            self._runtime.engine_host_code_allowed = True
         self.engine: Any = self._runtime.deserialize_cuda_engine(_read(self.path))
         if self.engine is None:
             raise self.refused("does not load")
+        if options.weight_budget_mib is not None:
+            self._limit_weights(options.weight_budget_mib << 20)
         self.inputs, self.outputs = self._describe()
         self.profiles: tuple[ProfileShapes, ...] = tuple(
             {spec.name: tuple(self._range(spec, number)) for spec in self.inputs}
@@ -81,6 +90,20 @@ class OpenEngine:
             why="; ".join(self.log.errors[-5:]),
             fix="build the engine again on this machine, with this release",
         )
+
+    def _limit_weights(self, budget_bytes: int) -> None:
+        """Before any context is made: TensorRT refuses a budget afterwards."""
+        streamable = self.engine.streamable_weights_size
+        if not streamable:
+            raise ConfigError(
+                f"{self.path} has no weights to stream, and a budget of {budget_bytes >> 20} MiB is asked for",
+                why="it was built without weight streaming",
+                fix="load it without weight_budget_mib, or build it with target: {weight_streaming: true}",
+            )
+        try:
+            self.engine.weight_streaming_budget_v2 = min(budget_bytes, streamable)
+        except RuntimeError as error:
+            raise self.refused(f"takes no weight budget of {budget_bytes} bytes") from error
 
     def _describe(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         inputs: list[TensorSpec] = []
@@ -108,7 +131,12 @@ class OpenEngine:
 
 
 def check_fit(
-    engine: Path, backend: Backend, *, version: str | None = None, device: Mapping[str, Any] | None = None
+    engine: Path,
+    backend: Backend,
+    *,
+    version: str | None = None,
+    device: Mapping[str, Any] | None = None,
+    options: LoadOptions = DEFAULT_LOAD,
 ) -> DeviceFacts:
     """Compares a plan file with this machine, without TensorRT.
 
@@ -117,7 +145,9 @@ def check_fit(
         backend: What is installed here.
         version: The release that built it, where that is known.
         device: `{"name", "compute_capability", "sm_count"}` of the GPU it was built on, where that is known. A plan of
-            full TensorRT is tied to that model; one of TensorRT-RTX compiles itself for the GPU at hand.
+            full TensorRT is tied to that model, unless it was built for a family; one of TensorRT-RTX compiles itself
+            for the GPU at hand.
+        options: How it was built.
 
     Returns:
         The GPU here.
@@ -129,12 +159,12 @@ def check_fit(
     if backend.name == "tensorrt-rtx":
         header = read_rtx_header(engine)
         version = header.version
-    # Full TensorRT loads other releases' plans only where they were built version-compatible, which ours are not.
-    if version is not None and version != backend.version:
+    if version is not None and not loads_version(version, backend.version, compatible=options.version_compatible):
         title = str(backend).removesuffix(f" {backend.version}")
+        newer = f"{title} loads a version-compatible engine on the release that built it and later ones of its major"
         raise ArtifactError(
             f"the engine {engine} was built by {title} {version}, and {backend.version} is installed",
-            why=f"{title} loads only what the very same release built",
+            why=newer if options.version_compatible else f"{title} loads only what the very same release built",
             fix=f"{rebuild}: pip install {backend.name}=={version}",
         )
     here = device_facts()
@@ -146,11 +176,30 @@ def check_fit(
             fix="use another GPU or another release of the backend",
         )
     if backend.name == "tensorrt" and device:
-        _check_device(engine, device, here)
+        _check_device(engine, device, here, options.hardware_compatibility)
     return here
 
 
-def _check_device(engine: Path, built_on: Mapping[str, Any], here: DeviceFacts) -> None:
+def loads_version(built: str, installed: str, *, compatible: bool) -> bool:
+    """Whether an engine of the release `built` loads on `installed`.
+
+    Args:
+        built: The release that built it, as "10.14.1.48".
+        installed: The one that is here.
+        compatible: It was built version-compatible: later releases of its major load it, and 11 what 10 built ("Engine
+            Portability" in NVIDIA's support matrix of 11.4.1).
+    """
+    if built == installed or not compatible:
+        return built == installed
+    was, here = (tuple(int(number) for number in re.findall(r"\d+", text)) for text in (built, installed))
+    return was < here and (was[0] == here[0] or (was[0], here[0]) == (10, 11))
+
+
+def _check_device(engine: Path, built_on: Mapping[str, Any], here: DeviceFacts, family: HardwareCompatibility) -> None:
+    if family == "ampere_plus" and int(here.compute_capability.partition(".")[0]) >= 8:
+        return
+    if family == "same_compute_capability" and built_on.get("compute_capability") == here.compute_capability:
+        return
     facts = {"name": here.name, "compute_capability": here.compute_capability, "sm_count": here.sm_count}
     differing = [name for name, value in facts.items() if name in built_on and built_on[name] != value]
     if differing:
@@ -158,7 +207,9 @@ def _check_device(engine: Path, built_on: Mapping[str, Any], here: DeviceFacts) 
         found = ", ".join(f"{name} {facts[name]}" for name in differing)
         raise ArtifactError(
             f"the engine {engine} was built on another GPU: {was}; here: {found}",
-            why="a plan of TensorRT is tied to the GPU's model and its number of multiprocessors",
+            why="a plan of TensorRT is tied to the GPU's model and its number of multiprocessors"
+            if family == "none"
+            else f"it was built with hardware_compatibility: {family}",
             fix="build the engine on this GPU, or use the tensorrt-rtx backend",
         )
 

@@ -18,6 +18,7 @@ from trtforge.runtime.trt.context import GpuContext, attach_profiler
 from trtforge.runtime.trt.cuda import Cuda
 from trtforge.runtime.trt.gate import GATE
 from trtforge.runtime.trt.load import OpenEngine, check_fit
+from trtforge.runtime.trt.options import DEFAULT_LOAD, LoadOptions
 from trtforge.runtime.trt.runtime_cache import RuntimeCacheFile
 from trtforge.runtime.trt.streams import Streams
 
@@ -37,6 +38,7 @@ class EngineSession:
         device: The GPU that it was built on, as `check_fit` takes it.
         digest: The plan file's SHA-256 in hex, where the caller knows it; "" to compute it.
         tf32: Whether it was built with TF32 allowed.
+        options: As `OpenEngine` takes them.
 
     Raises:
         MissingDependencyError: the backend is not installed.
@@ -52,13 +54,14 @@ class EngineSession:
         digest: str = "",
         *,
         tf32: bool = False,
+        options: LoadOptions = DEFAULT_LOAD,
     ) -> None:
         found = find_backend(backend)
-        here = check_fit(path, found, version=version, device=device)
+        here = check_fit(path, found, version=version, device=device, options=options)
         self._cuda = Cuda()
         self._streams = Streams(self._cuda)
         with GATE.shared():
-            self._opened = OpenEngine(path, found, tf32=tf32)
+            self._opened = OpenEngine(path, found, tf32=tf32, options=options)
         self._opening = threading.Lock()
         self._compiler = _Compiler(self._opened, here, digest) if found.name == "tensorrt-rtx" else None
         self._saved_at = -math.inf

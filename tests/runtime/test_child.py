@@ -19,6 +19,7 @@ from trtforge.runtime.child import ChildCrashError, run_child
 from trtforge.runtime.errors import ArtifactError, BuildError, ConfigError
 from trtforge.runtime.tensors import load_tensors, save_tensors
 from trtforge.runtime.trt.backend import find_backend
+from trtforge.runtime.trt.options import BuildOptions
 
 NEGATE = "g (float[n] x) => (float[n] y) { y = Neg(x) }"
 
@@ -33,7 +34,7 @@ def _run_args(folder: Path, **more) -> dict:
 def _build_args(path: Path) -> dict:
     return {
         "onnx": str(path), "engine": str(path.with_suffix(".engine")), "backend": "tensorrt-rtx", "profiles": [],
-        "tf32": False, "targets": [], "optimization_level": None, "workspace_bytes": None,
+        "tf32": False, "targets": [], "options": BuildOptions().to_json(),
     }  # fmt: skip
 
 

@@ -11,7 +11,8 @@ from trtforge.runtime.engine import Engine
 from trtforge.runtime.errors import ArtifactError, ConfigError, MissingDependencyError
 from trtforge.runtime.trt import load
 from trtforge.runtime.trt.backend import Backend, capabilities_of, find_backend
-from trtforge.runtime.trt.load import check_fit
+from trtforge.runtime.trt.load import check_fit, loads_version
+from trtforge.runtime.trt.options import LoadOptions
 
 H100 = DeviceFacts("NVIDIA H100 80GB HBM3", "9.0", 132, "13.0", 1 << 36)
 BUILT_ON_H100 = {"name": H100.name, "compute_capability": "9.0", "sm_count": 132}
@@ -74,6 +75,41 @@ def test_the_plan_itself_is_believed_before_the_manifest(tmp_path):
     path = _rtx_plan(tmp_path / "model.engine", "1.6.1.120")
     with pytest.raises(ArtifactError, match=r"built by TensorRT-RTX 1\.6\.1\.120, and 1\.5\.0\.114 is installed"):
         check_fit(path, _backend("tensorrt-rtx", "1.5.0.114"), version="1.5.0.114")
+
+
+@pytest.mark.parametrize(
+    ("built", "installed", "loads"),
+    [
+        ("10.14.1.48", "10.14.1.48", True),
+        ("10.14.1.48", "10.16.0.7", True),
+        ("10.14.1.48", "10.9.0.34", False),
+        ("10.8.0.43", "11.4.1.2", True),
+        ("11.0.0.1", "10.16.0.7", False),
+        ("11.0.0.1", "12.0.0.1", False),
+    ],
+)
+def test_a_version_compatible_plan_loads_forwards_only(built, installed, loads):
+    assert loads_version(built, installed, compatible=True) is loads
+    assert loads_version(built, installed, compatible=False) is (built == installed)
+
+
+@pytest.mark.usefixtures("h100")
+def test_the_fit_goes_by_what_the_plan_was_built_for(tmp_path):
+    path, newer = tmp_path / "model.engine", _backend("tensorrt", "11.4.1.2")
+    compatible = LoadOptions(version_compatible=True)
+    assert check_fit(path, newer, version="11.0.0.1", device=BUILT_ON_H100, options=compatible) is H100
+    with pytest.raises(ArtifactError, match="is installed") as caught:
+        check_fit(path, _backend("tensorrt", "10.14.0.1"), version="11.0.0.1", options=compatible)
+    assert "later ones of its major" in caught.value.why
+    a100 = {"name": "NVIDIA A100", "compute_capability": "8.0", "sm_count": 108}
+    h200 = {**BUILT_ON_H100, "name": "NVIDIA H200"}
+    same, ampere = (LoadOptions(hardware_compatibility=family) for family in ("same_compute_capability", "ampere_plus"))
+    fits = {"version": "11.4.1.2"}
+    assert check_fit(path, newer, device=a100, options=ampere, **fits) is H100
+    assert check_fit(path, newer, device=h200, options=same, **fits) is H100
+    with pytest.raises(ArtifactError, match=r"compute_capability 8\.0, sm_count 108; here") as caught:
+        check_fit(path, newer, device=a100, options=same, **fits)
+    assert "same_compute_capability" in caught.value.why
 
 
 def test_an_engine_that_cannot_be_loaded_says_why(tmp_path):

@@ -19,6 +19,7 @@ from trtforge.runtime.specs import TensorSpec
 from trtforge.runtime.trt.backend import find_backend
 from trtforge.runtime.trt.build import BuildRequest, build_engine
 from trtforge.runtime.trt.header import read_rtx_header
+from trtforge.runtime.trt.options import BuildOptions
 
 pytest.importorskip("tensorrt_rtx")
 BACKEND = find_backend("tensorrt-rtx")
@@ -73,8 +74,7 @@ def test_targets_two_profiles_and_options_reach_the_builder(tmp_path):
         [CONV_PROFILE, wide],
         compute_capabilities=("8.6", "8.9"),
         tf32=True,
-        optimization_level=1,
-        workspace_bytes=1 << 28,
+        options=BuildOptions(optimization_level=1, workspace_mib=256, tiling="fast", weight_streaming=True),
     )
     assert built.compute_capabilities == ("8.6", "8.9")
 
@@ -96,7 +96,7 @@ def test_tf32_is_switched_off_and_on():
 
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     for wanted in (False, True):
-        args = {"tf32": wanted, "optimization_level": None, "workspace_bytes": None, "targets": []}
+        args = {"tf32": wanted, "options": BuildOptions().to_json(), "targets": []}
         config = _configure(trt, builder, args)
         assert config.get_flag(trt.BuilderFlag.TF32) is wanted
 
@@ -253,7 +253,7 @@ def test_a_missing_file(tmp_path):
 def test_wrong_targets_and_levels(tmp_path):
     path = models.write(tmp_path, models.STATIC)
     assert "choose from 7.5, 8.0" in _fails(path, error=ConfigError, compute_capabilities=("9.0",))
-    assert "not 0 to 5" in _fails(path, error=ConfigError, optimization_level=9)
+    assert "not 0 to 5" in _fails(path, error=ConfigError, options=BuildOptions(optimization_level=9))
 
 
 def test_an_engine_that_cannot_be_written(tmp_path):
@@ -281,8 +281,7 @@ def test_the_child_loads_neither_torch_nor_onnx(tmp_path):
         "profiles": [],
         "tf32": False,
         "targets": [],
-        "optimization_level": None,
-        "workspace_bytes": None,
+        "options": BuildOptions().to_json(),
     }
     code = (
         "import json, sys; from trtforge.runtime.trt.build import build_task; "
