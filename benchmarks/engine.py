@@ -108,8 +108,9 @@ def polygraphy(path: Path, x: torch.Tensor, precision: str) -> Call:
 
 def compiled(model: torch.nn.Module, x: torch.Tensor, precision: str, channels_last: bool) -> Call:
     dtype = DTYPES[precision]
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    # The older switches: torch.compile reads them, and raises once the newer `cudnn.conv.fp32_precision` was set.
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     fast = model.to("cuda", dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     given = x.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     optimized = torch.compile(fast, mode="max-autotune")

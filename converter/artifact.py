@@ -92,13 +92,22 @@ class Artifact:
         """TensorRT's plan file, where there is one."""
         return self.path / ENGINE if ENGINE in self.manifest.files else None
 
-    def load(self, *, allow_unvalidated: bool = False, weight_budget_mib: int | None = None) -> Engine:
+    def load(
+        self,
+        *,
+        allow_unvalidated: bool = False,
+        weight_budget_mib: int | None = None,
+        contexts: int = 4,
+        graphs: int = 32,
+    ) -> Engine:
         """The engine, ready to be called with torch tensors on the GPU.
 
         Args:
             allow_unvalidated: Load a `built` engine, which has never run, too.
             weight_budget_mib: How much of the weights may stay on the GPU, MiB, where the engine was built with
                 `weight_streaming`; None: all of them.
+            contexts: How many execution contexts each profile may have; each takes the engine's scratch memory.
+            graphs: How many CUDA graphs each context keeps; 0 for none.
 
         Raises:
             ArtifactError: failed, not validated, without an engine, altered since it was opened, or made for another
@@ -132,6 +141,8 @@ class Artifact:
             digest=self.manifest.files[ENGINE].sha256,
             tf32=facts["tf32"],
             options=options,
+            contexts=contexts,
+            graphs=graphs,
         )
 
 

@@ -184,6 +184,34 @@ def audit(
 
 
 @app.command()
+def bench(
+    path: ArtifactPath,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="A batch size; give the option once for each.")] = None,
+    shapes: Annotated[
+        list[str] | None, typer.Option(help="Sizes, as batch=8,seq=128; give the option once for each.")
+    ] = None,
+    peers: Annotated[
+        str, typer.Option(help="Of eager, compile, onnxruntime, polygraphy, torch-tensorrt; with commas. none: nobody.")
+    ] = "eager,compile,onnxruntime,polygraphy,torch-tensorrt",
+    config: Annotated[Path | None, typer.Option(help="The YAML file, for eager and compile.")] = None,
+    only: Annotated[str | None, typer.Option(help="The model in it.")] = None,
+    batch_tuning: Annotated[
+        float | None, typer.Option(help="Find the batch size with the most throughput within this p99 latency, in ms.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="In which all sides take turns.")] = 7,
+    report: Annotated[bool, typer.Option(help="Keep the figures in the artifact's report.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Measure an artifact's latency and throughput on this GPU, with what people would use instead in the same run."""
+    from trtforge.converter.bench_command import Ask
+    from trtforge.converter.bench_command import bench as run
+
+    named = () if peers == "none" else tuple(name.strip() for name in peers.split(","))
+    ask = Ask(tuple(batch or ()), tuple(shapes or ()), named, config, only, batch_tuning, rounds, report)
+    raise typer.Exit(run(path, ask, as_json=as_json))
+
+
+@app.command()
 def calibrate(
     file: Annotated[Path, typer.Argument(help="A YAML file of models.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file of ranges (with --shard: the part).")],

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXTRAS", "collect_extras", "engine_layers", "range_entries"]
 
-EXTRAS = ("layers", "ranges", "engine_layers", "search")
+EXTRAS = ("layers", "ranges", "engine_layers", "search", "bench")
 """Keys of `report.json` that a later validation takes over from the report before."""
 _BINS = 64
 

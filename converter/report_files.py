@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trtforge.converter.artifact import Artifact, open_artifact
+from trtforge.converter.artifact import REPORT, Artifact, open_artifact
 from trtforge.converter.manifest import MANIFEST, read_manifest, write_manifest
 from trtforge.converter.reporting import PAGE, read_report
 from trtforge.runtime.errors import ArtifactError, TrtForgeError
 from trtforge.runtime.publish import publish_folder, staging_folder
 from trtforge.validation.index_page import IndexEntry, write_index
-from trtforge.validation.pages import render_page, summarize
+from trtforge.validation.pages import render_page, summarize, write_page
 from trtforge.validation.report import ReportData
 
-__all__ = ["INDEX", "Reported", "report_folder", "update_index"]
+__all__ = ["INDEX", "Reported", "add_to_report", "report_folder", "update_index"]
 
 INDEX = "index.html"
 
@@ -61,6 +61,27 @@ def report_folder(folder: Path) -> list[Reported]:
     found = [_redraw(child) for child in children]
     update_index(folder)
     return found
+
+
+def add_to_report(folder: Path, extras: Mapping[str, Any]) -> None:
+    """Adds data to an artifact's report, draws its page, and publishes the artifact anew.
+
+    Args:
+        folder: The artifact.
+        extras: By key out of `extras.EXTRAS`; what stood there is replaced.
+
+    Raises:
+        ArtifactError: not an artifact, altered, or not to be written.
+    """
+    artifact = open_artifact(folder)
+    before = read_report(folder)
+    data = replace(before, facts={**before.facts, **extras})
+    with staging_folder(folder.absolute().parent) as staging:
+        copy = staging / "artifact"
+        shutil.copytree(folder, copy)
+        data.save(copy / REPORT)
+        write_page(data, copy / PAGE)
+        _publish(artifact, copy, folder)
 
 
 def update_index(folder: Path) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from trtforge.runtime.attention_masks import broadcast_masks, may_hold_attention
 from trtforge.runtime.child import Emit, OnEvent, run_child
 from trtforge.runtime.errors import ConfigError, ExportError, MissingDependencyError, ParityError
+from trtforge.runtime.inputs import numpy_dtype
 from trtforge.runtime.runner import Array, Tensors
 from trtforge.runtime.specs import TensorSpec
 from trtforge.runtime.suggest import nearest
@@ -140,6 +141,29 @@ class OnnxRuntimeRunner:
         """As `run`, but arrays may lie in onnxruntime's memory, which they keep: nothing is copied. No bfloat16."""
         return {name: value.numpy() for name, value in self._run(feeds).items()}
 
+    def bind_gpu(self, inputs: Mapping[str, tuple[int, tuple[int, ...]]]) -> Callable[[], dict[str, Array]]:
+        """A run of a session of the CUDA provider on inputs that stay on the GPU; outputs stay there too.
+
+        Args:
+            inputs: Address on the GPU and shape, by name.
+
+        Returns:
+            Runs, waits, and returns outputs by name that are copied to the host only where they are read.
+        """
+        binding = self._session.io_binding()
+        for spec in self._inputs:
+            address, shape = inputs[spec.name]
+            binding.bind_input(spec.name, "cuda", 0, numpy_dtype(spec.dtype), shape, address)
+        for spec in self._outputs:
+            binding.bind_output(spec.name, "cuda")
+        names = [spec.name for spec in self._outputs]
+
+        def run() -> dict[str, Any]:
+            self._session.run_with_iobinding(binding)
+            return dict(zip(names, map(_Lazy, binding.get_outputs()), strict=True))
+
+        return run
+
     def _run(self, feeds: Tensors) -> dict[str, Any]:
         _check_feeds(self._inputs, feeds)
         ort = self._ort
@@ -154,6 +178,18 @@ class OnnxRuntimeRunner:
                 why=_first_lines(error),
                 fix="run the model in PyTorch at these shapes: the export may have frozen one of them",
             ) from error
+
+
+class _Lazy:
+    """An output on the GPU, copied when numpy asks for it."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        if self._value.data_type() == "tensor(bfloat16)":
+            raise TypeError("onnxruntime copies no bfloat16 output from the GPU")
+        return _from_ort(self._value)
 
 
 def run_onnx(

@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from trtforge.validation.parity import OutputResult
 from trtforge.validation.tolerance import Tolerance
 
-__all__ = ["error_histogram", "error_scatter", "layer_curve", "pareto", "range_histogram"]
+__all__ = ["error_histogram", "error_scatter", "layer_curve", "pareto", "range_histogram", "rect_at", "text_at"]
 
 _POWERS = 40
 """Powers of two that a histogram of errors reaches below the greatest error."""
@@ -61,16 +61,16 @@ class _Frame:
         for value, text in ys:
             y = self.py(value)
             parts.append(_line(self.left, y, end, y, "grid"))
-            parts.append(_text(self.left - 6, y + 3.5, text, "tick end"))
+            parts.append(text_at(self.left - 6, y + 3.5, text, "tick end"))
         for value, text in xs:
             x = self.px(value)
             parts.append(_line(x, base, x, base + 4, "axis"))
-            parts.append(_text(x, base + 15, text, "tick mid"))
+            parts.append(text_at(x, base + 15, text, "tick mid"))
         parts.append(_line(self.left, base, end, base, "axis"))
         parts.extend(body)
-        parts.append(_text((self.left + end) / 2, self.height - 4, x_title, "title mid"))
+        parts.append(text_at((self.left + end) / 2, self.height - 4, x_title, "title mid"))
         if y_title:
-            parts.append(_text(self.left, self.top - 1, y_title, "title"))
+            parts.append(text_at(self.left, self.top - 1, y_title, "title"))
         return Markup("").join([*parts, Markup("</svg>")])
 
 
@@ -95,7 +95,7 @@ def error_histogram(output: OutputResult, tolerance: Tolerance) -> Markup:
         beyond = limit is not None and 2.0 ** (exponent - 1 - shift) > limit
         label = f"{count} values err by {2.0 ** (exponent - 1 - shift):.2g} to {2.0 ** (exponent - shift):.2g} std"
         kind = "bar beyond" if beyond else "bar"
-        body.append(_rect(low + 0.5, y, high - low - 1, frame.height - frame.bottom - y, kind, label))
+        body.append(rect_at(low + 0.5, y, high - low - 1, frame.height - frame.bottom - y, kind, label))
     body += _limit(frame, math.log2(limit) if limit else None, "asked")
     ys = [(n, _power(n)) for n in range(math.ceil(top) + 1) if n <= top * 1.06 or n == 0]
     label = f"Distribution of errors of {output.name}"
@@ -123,7 +123,7 @@ def error_scatter(output: OutputResult, precision: str = "") -> Markup:
             # Beside the line's lower end, where errors seldom are.
             right = frame.px(low) < frame.width / 2
             place = frame.px(low) + (14 if right else -6), frame.py(low - bits) - 5
-            body.append(_text(*place, f"rounding once to {precision}", "note" if right else "note end"))
+            body.append(text_at(*place, f"rounding once to {precision}", "note" if right else "note end"))
     for m in shown:
         x = frame.px(m.exponent - 0.5)
         label = f"{m.count} values of {2.0 ** (m.exponent - 1):.2g} to {2.0**m.exponent:.2g}: "
@@ -151,7 +151,7 @@ def layer_curve(layers: Sequence[Mapping[str, Any]], asked: float | None = None)
         y = frame.py(asked)
         body.append(_line(frame.left, y, frame.width - frame.right, y, "limit"))
         text = f"asked of the outputs: {asked:g} dB"
-        body.append(_text(frame.width - frame.right, y - 4, text, "note end red"))
+        body.append(text_at(frame.width - frame.right, y - 4, text, "note end red"))
     worst = sorted(range(len(values)), key=lambda index: values[index])[:_DOTS]
     for index in sorted(worst):
         layer, (x, y) = layers[index], points[index]
@@ -181,8 +181,8 @@ def range_histogram(entry: Mapping[str, Any]) -> Markup:
     x = frame.px(float(entry["amax"]))
     body.append(_line(x, frame.top, x, frame.height - frame.bottom, "limit"))
     edge, base = frame.width - frame.right, frame.height - frame.bottom
-    body.append(_text(frame.left, base + 12, "0", "note"))
-    body.append(_text(edge, base + 12, f"{end:.3g}", "note end"))
+    body.append(text_at(frame.left, base + 12, "0", "note"))
+    body.append(text_at(edge, base + 12, f"{end:.3g}", "note end"))
     return frame.draw(f"Values of {entry['name']}", body, [], [], f"|x|, range ends at {float(entry['amax']):.4g}")
 
 
@@ -218,7 +218,7 @@ def pareto(candidates: Sequence[Mapping[str, Any]], chosen: str | None = None) -
         body.append(_dot(frame.px(x), frame.py(y), 5.5, kind, text))
         right = frame.px(x) > frame.width * 0.8
         body.append(
-            _text(
+            text_at(
                 frame.px(x) + (-9 if right else 9),
                 frame.py(y) + 4,
                 str(candidate["name"]),
@@ -237,7 +237,7 @@ def _limit(frame: _Frame, value: float | None, text: str) -> list[Markup]:
     right = x > frame.width / 2
     return [
         _line(x, frame.top, x, frame.height - frame.bottom, "limit", "greatest error asked"),
-        _text(x + (-4 if right else 4), frame.top + 9, text, "note red" + (" end" if right else "")),
+        text_at(x + (-4 if right else 4), frame.top + 9, text, "note red" + (" end" if right else "")),
     ]
 
 
@@ -300,7 +300,7 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str, title: str = ""
     )
 
 
-def _text(x: float, y: float, text: str, kind: str) -> Markup:
+def text_at(x: float, y: float, text: str, kind: str) -> Markup:
     return Markup('<text class="{}" x="{}" y="{}">{}</text>').format(kind, _n(x), _n(y), text)
 
 
@@ -310,7 +310,7 @@ def _dot(x: float, y: float, radius: float, kind: str, title: str) -> Markup:
     )
 
 
-def _rect(x: float, y: float, width: float, height: float, kind: str, title: str) -> Markup:
+def rect_at(x: float, y: float, width: float, height: float, kind: str, title: str) -> Markup:
     return Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}" rx="1">{}</rect>').format(
         kind, _n(x), _n(y), _n(max(width, 1)), _n(max(height, 1)), _title(title)
     )

@@ -14,6 +14,7 @@ import markupsafe
 from trtforge.runtime.errors import ArtifactError
 from trtforge.validation import charts
 from trtforge.validation.accuracy import AccuracyReport, AccuracyVerdict
+from trtforge.validation.bench_chart import throughput_chart
 from trtforge.validation.parity import Stage, Verdict
 from trtforge.validation.report import ReportData
 from trtforge.validation.tolerance import SAMPLE_LEEWAY_DB, Tolerance
@@ -81,6 +82,8 @@ def render_page(data: ReportData) -> str:
         layer_curve=charts.layer_curve,
         range_histogram=charts.range_histogram,
         pareto=charts.pareto,
+        bench=_bench(data),
+        throughput=throughput_chart,
         shown_samples=_SHOWN_SAMPLES,
         shown_ranges=_SHOWN_RANGES,
         shown_layers=_SHOWN_LAYERS,
@@ -201,6 +204,7 @@ def _parts(data: ReportData) -> list[tuple[str, str]]:
         "outputs": ("Outputs", data.proof.reports),
         "layers": ("Layers", facts.get("layers")),
         "search": ("Search", search.get("candidates")),
+        "bench": ("Speed", (facts.get("bench") or {}).get("rows")),
         "calibration": ("Calibration", facts.get("ranges")),
         "engine": ("Engine", facts.get("engine_layers")),
         "shapes": ("Shapes", True),
@@ -209,6 +213,11 @@ def _parts(data: ReportData) -> list[tuple[str, str]]:
         "reproduce": ("Reproduce", facts.get("command") or data.commands),
     }
     return [(anchor, title) for anchor, (title, there) in present.items() if there]
+
+
+def _bench(data: ReportData) -> Mapping[str, Any]:
+    bench = data.facts.get("bench") or {}
+    return _Facts({"absent": {}, **bench, "rows": [_Facts(row) for row in bench.get("rows") or ()]})
 
 
 def _asked_db(data: ReportData) -> float | None:
