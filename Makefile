@@ -20,8 +20,13 @@ test: setup
 test-long: setup
 	$(BIN)/python -m pytest -q -m 'not gpu'
 
+# On the release that is installed, and on the older one, which runs on Hopper.
+OTHER_RTX ?= 1.6.1.120
 facts: setup
 	$(BIN)/python -m pytest -q tests/facts
+	test -d .venv/rtx-$(OTHER_RTX) || \
+		$(BIN)/pip install --quiet --target .venv/rtx-$(OTHER_RTX) tensorrt-rtx==$(OTHER_RTX)
+	PYTHONPATH=.venv/rtx-$(OTHER_RTX) $(BIN)/python -m pytest -q tests/facts
 
 check: setup
 	$(BIN)/ruff check .
