@@ -71,8 +71,11 @@ def measure_load(place: Path) -> None:
 
     torch.zeros(1, device="cuda")
     started = time.perf_counter()
-    engine = trtforge.open_artifact(place).load()
-    print(json.dumps({"seconds": time.perf_counter() - started}))
+    artifact = trtforge.open_artifact(place)
+    opened = time.perf_counter()
+    engine = artifact.load()
+    done = time.perf_counter()
+    print(json.dumps({"seconds": done - started, "open": opened - started, "load": done - opened}))
     engine.close()
 
 
@@ -213,8 +216,15 @@ def main() -> None:
             return ["--child", kind, "--models", name, "--batches", str(batch), *common]
 
         threads = max(1, (os.cpu_count() or 1) // options.jobs)
+
+        def make(cell: tuple[str, int]) -> subprocess.CompletedProcess[str]:
+            started = time.perf_counter()
+            done = child(*arguments("prepare", *cell), timeout=900, threads=threads)
+            print(f"{cell[0]} at batch {cell[1]} prepared in {time.perf_counter() - started:.0f} s", flush=True)
+            return done
+
         with ThreadPoolExecutor(options.jobs) as pool:
-            makes = [pool.submit(child, *arguments("prepare", *cell), timeout=900, threads=threads) for cell in cells]
+            makes = [pool.submit(make, cell) for cell in cells]
             made = [cell for cell, make in zip(cells, makes, strict=True) if not failed(make.result(), cell)]
         if options.prepare_only:
             return
@@ -226,7 +236,11 @@ def main() -> None:
                     for _ in range(3)
                 ]
                 del os.environ["XDG_CACHE_HOME"]
-            line = {"model": name, "load_seconds": [load and round(load["seconds"], 3) for load in loads]}
+            line = {
+                "model": name,
+                "load_seconds": [load and round(load["seconds"], 3) for load in loads],
+                "parts": loads,
+            }
             print(json.dumps(line), flush=True)
             write(options.json, line)
         results = []
