@@ -159,10 +159,13 @@ def open_artifact(path: Path | str) -> Artifact:
 def input_facts(spec: InputSpec) -> dict[str, Any]:
     """An input as the manifest holds it."""
     data = spec.to_json()
+    if spec.elements:
+        data["elements"] = list(spec.elements)
     return data if spec.values is None else {**data, "values": [spec.values.min, spec.values.max]}
 
 
 def _read_input(data: Mapping[str, Any]) -> InputSpec:
     values = data.get("values")
     spec = TensorSpec.from_json(data)
-    return InputSpec(spec.name, spec.dtype, spec.shape, ValueRange(*values) if values else None)
+    elements = tuple(data.get("elements", ()))
+    return InputSpec(spec.name, spec.dtype, spec.shape, ValueRange(*values) if values else None, elements)

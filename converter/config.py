@@ -260,7 +260,7 @@ def parse_profiles(dims: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Seq
 
 def check_dims(inputs: Sequence[InputSpec], profiles: Sequence[Profile]) -> None:
     """Raises `ConfigError` unless the inputs' named dimensions and the profiles' are the same."""
-    used = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
+    used = {dim for spec in inputs for dim in spec.dims}
     known = set(profiles[0])
     for name in sorted(used - known):
         raise ConfigError(
@@ -486,7 +486,12 @@ def _input(name: str, section: InputSection) -> InputSpec:
     values = section.values
     if isinstance(values, bool):
         return InputSpec(name, section.dtype, tuple(section.shape), ValueRange(float(values), float(values)))
-    return InputSpec(name, section.dtype, tuple(section.shape), ValueRange(*values) if values else None)
+    if section.decides_shapes:
+        return InputSpec(
+            name, section.dtype, tuple(section.shape), elements=tuple(typing.cast("list[int | str]", values))
+        )
+    bounds = typing.cast("list[float] | None", values)
+    return InputSpec(name, section.dtype, tuple(section.shape), ValueRange(*bounds) if bounds else None)
 
 
 def asks_auto(precision: object) -> bool:

@@ -39,10 +39,11 @@ def merge_profiles(profiles: Sequence[Profile]) -> dict[str, DimRange]:
 def fix_static(specs: Iterable[InputSpec], dims: Mapping[str, DimRange]) -> list[InputSpec]:
     """The specs with each dimension that can have one size only as that size."""
     static = {name: dim.max for name, dim in dims.items() if dim.min == dim.max}
-    return [
-        replace(spec, shape=tuple(static.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.shape))
-        for spec in specs
-    ]
+    return [replace(spec, shape=_fixed(spec.shape, static), elements=_fixed(spec.elements, static)) for spec in specs]
+
+
+def _fixed(dims: Sequence[int | str], static: Mapping[str, int]) -> tuple[int | str, ...]:
+    return tuple(static.get(dim, dim) if isinstance(dim, str) else dim for dim in dims)
 
 
 def rename_dims(model: ir.Model, names: Mapping[str, str | int]) -> None:

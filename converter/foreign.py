@@ -218,6 +218,8 @@ def _match_inputs(model: ir.Model, wanted: Sequence[InputSpec], profiles: Sequen
                     f"input {name!r}: dimension {ours!r} (axis {axis}) has no range",
                     fix=f"add `{ours}: [min, opt, max]` to `dims`, or give the input a `shape` without it",
                 )
+        for dim in sorted(spec.dims - set(dims) - set(spec.shape)):
+            raise ConfigError(f"input {name!r}: the value {dim!r} has no range", fix="add it to `dims`")
         specs.append(spec)
     fixed = fix_static(specs, dims)
     rename_dims(model, renamed | {name: dim.max for name, dim in dims.items() if dim.min == dim.max})

@@ -11,7 +11,7 @@ from trtforge.converter.artifact import ENGINE, FAILED_SUFFIX, MODEL, PROOF, Art
 from trtforge.converter.config import Calibration, ConversionConfig
 from trtforge.converter.data import read_data
 from trtforge.converter.package import Package, publish_package
-from trtforge.converter.profiles import engine_profiles
+from trtforge.converter.profiles import engine_profiles, engine_values
 from trtforge.converter.progress import Stages
 from trtforge.converter.recipe import Recipe
 from trtforge.converter.reference import make_reference
@@ -344,6 +344,7 @@ class _Run:
             engine=place or self.folder / ENGINE,
             backend=self.backend.name,
             profiles=engine_profiles(specs, self.config.profiles),
+            values=engine_values(specs, self.config.profiles),
             tf32=(plan or self.config.plan).float_default == "tf32",
             compute_capabilities=target.compute_capabilities,
             options=target.options,

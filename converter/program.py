@@ -176,7 +176,9 @@ def _specs(
             raise ConfigError(f"the program has no input {name!r}", fix=nearest(name, names))
     dimensions = _Dimensions(program, dims)
     specs = []
+    decided: set[str] = set()
     for name, fake, values in zip(names, fakes, seen, strict=True):
+        elements: tuple[int | str, ...] = ()
         wanted = given.get(name)
         dtype = str(fake.dtype).removeprefix("torch.")
         if dtype not in DTYPES:
@@ -184,11 +186,12 @@ def _specs(
         if isinstance(wanted, InputSpec):
             if wanted.dtype != dtype:
                 raise ConfigError(f"input {name!r} is {dtype} in the program and {wanted.dtype} under `inputs`")
-            values = wanted.values or values
+            values, elements = wanted.values or values, wanted.elements
+            decided |= wanted.dims
         shape = wanted.shape if isinstance(wanted, InputSpec) else wanted
-        specs.append(InputSpec(name, dtype, dimensions.shape(name, fake, shape), values))
+        specs.append(InputSpec(name, dtype, dimensions.shape(name, fake, shape), values, elements))
     for dim in dims:
-        if dim not in dimensions.used:
+        if dim not in dimensions.used | decided:
             known = ", ".join(f"{n} {list(f.shape)}" for n, f in zip(names, fakes, strict=True))
             raise ConfigError(
                 f"dimension {dim!r} is in no input's shape",

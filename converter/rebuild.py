@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from trtforge.converter.artifact import ENGINE, PROOF, Artifact, open_artifact
 from trtforge.converter.package import device_entry, engine_facts
-from trtforge.converter.profiles import engine_profiles
+from trtforge.converter.profiles import engine_profiles, engine_values
 from trtforge.converter.progress import Stages
 from trtforge.converter.prove import Bench
 from trtforge.converter.quantize import halved_products
@@ -87,6 +87,7 @@ def _build(artifact: Artifact, model: OnnxModel, backend: Backend, engine: Path,
         engine=engine,
         backend=backend.name,
         profiles=engine_profiles(artifact.inputs, artifact.profiles),
+        values=engine_values(artifact.inputs, artifact.profiles),
         tf32=_tf32(artifact),
         compute_capabilities=tuple(wanted["compute_capabilities"]),
         # The cache's path is the other machine's: an artifact from elsewhere must not say where to write here.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -54,19 +55,41 @@ class SourceSection(Section):
 
 
 class InputSection(Section):
-    """One input: its dtype, its shape with dimension names, and the values that may be generated for it."""
+    """One input: its dtype, its shape with dimension names, and the values that may be generated for it.
+
+    `values` is `[min, max]`, true or false; or, where values decide shapes, the dimension that each of them is.
+    """
 
     dtype: str = "float32"
     shape: list[Positive | DimName]
-    values: bool | Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    values: bool | Annotated[list[float], Field(min_length=2, max_length=2)] | list[Positive | DimName] | None = None
 
     @model_validator(mode="after")
     def _known(self) -> InputSection:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        if isinstance(self.values, list) and not self.values[0] <= self.values[1]:
+        if self.decides_shapes:
+            self._check_elements()
+        elif isinstance(self.values, list) and not self.values[0] <= self.values[1]:  # type: ignore[operator]
             raise ValueError(f"values {self.values} is not [min, max] with min <= max")
         return self
+
+    @property
+    def decides_shapes(self) -> bool:
+        """Whether `values` names dimensions, each of which is one of the input's values."""
+        return isinstance(self.values, list) and any(isinstance(value, str) for value in self.values)
+
+    def _check_elements(self) -> None:
+        assert isinstance(self.values, list)
+        fixed = [size for size in self.shape if isinstance(size, int)]
+        # What TensorRT takes for a shape tensor.
+        if self.dtype not in ("int32", "int64") or len(self.shape) > 1 or len(fixed) < len(self.shape):
+            raise ValueError(
+                f"values {self.values} are dimensions, so that the input is int32 or int64 of shape [] or [N], "
+                f"not {self.dtype} {self.shape}"
+            )
+        if len(self.values) != math.prod(fixed):
+            raise ValueError(f"{len(self.values)} values for {math.prod(fixed)} elements")
 
 
 class LoaderSection(Section):

@@ -177,8 +177,15 @@ class Engine:
             raise ConfigError(
                 "numpy arrays cannot be bound", fix="give torch tensors on the GPU, which stay where they are"
             )
+        if self._deciding:
+            names = ", ".join(self._inputs[place].name for place in sorted(self._deciding))
+            raise ConfigError(
+                f"the engine cannot be bound: the values of {names} decide shapes",
+                why="a bound call keeps its shapes",
+                fix="call the engine; each set of values that comes back has a CUDA graph of its own",
+            )
         stream = self._enter()
-        shapes = tuple([tensor.shape for tensor in tensors])
+        shapes = tuple([tensor.shape for tensor in tensors]) if not self._deciding else self._extents(tensors)
         known = self._plans.get(shapes)
         lane = self._lanes.acquire(stream, known.profile if known else self._profile_for(shapes))
         try:
@@ -274,6 +281,8 @@ class Engine:
         self._device = device
         self._current_stream = current_stream
         self._inputs, self._outputs = session.inputs, session.outputs
+        # The places of inputs whose values decide shapes: for planning, their values are their shapes.
+        self._deciding = frozenset(i for i, spec in enumerate(session.inputs) if spec.name in session.host_inputs)
         self._output_names = [spec.name for spec in session.outputs]
         self._input_dtypes = [torch_dtype(spec.dtype) for spec in session.inputs]
         self._output_dtypes = [torch_dtype(spec.dtype) for spec in session.outputs]
@@ -292,21 +301,22 @@ class Engine:
             inputs = arrange(self._inputs, inputs, named)
         host = False
         tensors = []
-        for value, spec, dtype in zip(inputs, self._inputs, self._input_dtypes, strict=True):
+        for place, (value, spec, dtype) in enumerate(zip(inputs, self._inputs, self._input_dtypes, strict=True)):
             tensor = value
+            device = _HOST if place in self._deciding else self._device
             if not isinstance(value, torch.Tensor):
-                tensor, copied = fetch_tensor(value, self._device)
-                host = host or isinstance(value, np.ndarray)
-                self._count(copied)
-            if check_tensor(tensor, spec, dtype, self._device, copy=copy):
-                tensor = tensor.to(self._device).contiguous()
+                tensor, copied = fetch_tensor(value, device)
+                host = host or (isinstance(value, np.ndarray) and device is not _HOST)
+                self._count(copied and device is not _HOST)
+            if check_tensor(tensor, spec, dtype, device, copy=copy):
+                tensor = tensor.to(device).contiguous()
                 self._count(1)
             tensors.append(tensor)
         return tensors, host
 
     def _run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         stream = self._enter()
-        shapes = tuple([tensor.shape for tensor in tensors])
+        shapes = tuple([tensor.shape for tensor in tensors]) if not self._deciding else self._extents(tensors)
         known = self._plans.get(shapes)
         lanes = self._thread.lanes
         lane = (self._lanes if lanes is None else lanes).acquire(
@@ -339,13 +349,22 @@ class Engine:
     def _make_plan(self, lane: Lane, shapes: tuple[Shape, ...]) -> Plan:
         inputs = tuple(tuple(shape) for shape in shapes)
         outputs = lane.output_shapes(inputs)
-        sizes = [byte_size(shape, dtype) for shape, dtype in zip(inputs, self._input_dtypes, strict=True)]
+        sizes = [
+            0 if place in self._deciding else byte_size(shape, dtype)
+            for place, (shape, dtype) in enumerate(zip(inputs, self._input_dtypes, strict=True))
+        ]
         sizes += [byte_size(shape, dtype) for shape, dtype in zip(outputs, self._output_dtypes, strict=True)]
         with self._changing:
             plan = self._plans.setdefault(inputs, Plan(lane.profile, inputs, outputs, tuple(sizes)))
             if len(self._plans) > _PLANS_KEPT:
                 self._plans.pop(next(iter(self._plans)))
         return plan
+
+    def _extents(self, tensors: Sequence[torch.Tensor]) -> tuple[Shape, ...]:
+        return tuple(
+            tuple(tensor.flatten().tolist()) if place in self._deciding else tuple(tensor.shape)
+            for place, tensor in enumerate(tensors)
+        )
 
     def _make_outputs(self, plan: Plan) -> list[torch.Tensor]:
         return [
@@ -375,6 +394,9 @@ class Engine:
         if copies:
             with self._changing:
                 self._copies += copies
+
+
+_HOST = torch.device("cpu")
 
 
 class _Thread(threading.local):

@@ -43,7 +43,8 @@ def make_inputs(
     """One set of inputs, equal for equal arguments on every machine.
 
     Floats are standard normal, or uniform over `values`. Integers are uniform over `values`, both ends included, or
-    over {0, 1} without. `bool` is True or False with equal chance; `values` with `min == max` makes it all one of them.
+    over {0, 1} without; `elements` are the sizes themselves. `bool` is True or False with equal chance; `values` with
+    `min == max` makes it all one of them.
     Each tensor has a stream of its own, from the seed and its name: adding an input changes no other one.
 
     Args:
@@ -64,14 +65,10 @@ def make_inputs(
 
 
 def _make_input(spec: InputSpec, sizes: Mapping[str, int], seed: int, extreme: bool) -> Array:
-    try:
-        shape = resolve_shape(spec.shape, sizes)
-    except KeyError as missing:
-        raise ConfigError(
-            f"input {spec.name!r} of shape {list(spec.shape)} names the dimension {missing}, which has no range",
-            fix=f"add it to `dims`; known: {', '.join(sizes) or 'none'}",
-        ) from None
+    shape, elements = (_resolve(spec, dims, sizes) for dims in (spec.shape, spec.elements))
     dtype = numpy_dtype(spec.dtype)
+    if spec.elements:
+        return np.array(elements, dtype).reshape(shape)
     random = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
     if spec.dtype == "bool":
         return _booleans(random, shape, spec)
@@ -83,6 +80,16 @@ def _make_input(spec: InputSpec, sizes: Mapping[str, int], seed: int, extreme: b
     if extreme and _has_ends(spec):
         return _patterns(random, shape, spec.values).astype(dtype)
     return random.uniform(spec.values.min, spec.values.max, shape).astype(dtype)
+
+
+def _resolve(spec: InputSpec, dims: Sequence[int | str], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    try:
+        return resolve_shape(dims, sizes)
+    except KeyError as missing:
+        raise ConfigError(
+            f"input {spec.name!r} of shape {list(spec.shape)} names the dimension {missing}, which has no range",
+            fix=f"add it to `dims`; known: {', '.join(sizes) or 'none'}",
+        ) from None
 
 
 def _has_ends(spec: InputSpec) -> bool:

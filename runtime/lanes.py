@@ -96,6 +96,13 @@ class Session(Protocol):
         ...
 
     @property
+    def host_inputs(self) -> frozenset[str]:
+        """Inputs whose values decide shapes. Wherever a shape of theirs is asked for, their values are meant: two calls
+        with other values are as two with other shapes. Their addresses are of no account.
+        """
+        ...
+
+    @property
     def alignment(self) -> int:
         """Bytes of which every address must be a multiple."""
         ...

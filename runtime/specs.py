@@ -77,9 +77,21 @@ class ValueRange:
 
 @dataclass(frozen=True, slots=True)
 class InputSpec(TensorSpec):
-    """An input, and the values that may be generated for it (None: standard normal, or small integers)."""
+    """An input, and what may be generated for it.
+
+    Attributes:
+        values: The range of its values; None: standard normal, or small integers.
+        elements: Where its values decide shapes: each of them, in order, a number or the name of the dimension that it
+            is. Empty: its values are mere data.
+    """
 
     values: ValueRange | None = None
+    elements: tuple[int | str, ...] = ()
+
+    @property
+    def dims(self) -> frozenset[str]:
+        """The dimensions that its shape or its values name."""
+        return frozenset(dim for dim in (*self.shape, *self.elements) if isinstance(dim, str))
 
 
 def resolve_shape(shape: Sequence[int | str], sizes: Mapping[str, int]) -> tuple[int, ...]:

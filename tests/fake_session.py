@@ -184,6 +184,7 @@ class FakeSession:
         self.inputs = (TensorSpec("x", "float32", ("x[0]", *tail)),)
         self.outputs = (TensorSpec("y", "float32", ("y[0]", *tail)), TensorSpec("z", "float32", ("z[0]",)))[:outputs]
         self.profiles = tuple({"x": tuple((batch, *tail) for batch in batches)} for batches in profiles)
+        self.host_inputs = frozenset()
         self.alignment = 64  # what torch gives on the CPU
         self.entered = threading.local()
         self.capturable = True

@@ -270,6 +270,14 @@ def sizes_of(inputs: Sequence[TensorSpec], feeds: Tensors, *, name: str = "sampl
                 f"{name}: input {spec.name!r} has shape {list(array.shape)}, the model takes {list(spec.shape)}",
                 why=f"with {', '.join(f'{dim} = {size}' for dim, size in sizes.items())}" if sizes else "",
             )
+        for dim, value in zip(
+            spec.elements if isinstance(spec, InputSpec) else (), array.reshape(-1).tolist(), strict=False
+        ):
+            if value != (dim if isinstance(dim, int) else sizes.setdefault(dim, value)):
+                raise ConfigError(
+                    f"{name}: input {spec.name!r} says {value} where {dim!r} is {sizes.get(str(dim), dim)}",
+                    fix="give inputs whose values agree with the shapes that they name",
+                )
     return sizes
 
 

@@ -47,6 +47,7 @@ class BuildRequest:
         engine: Where the engine goes; replaced in one step, and only by a finished one.
         backend: "auto", "tensorrt" or "tensorrt-rtx".
         profiles: Optimization profiles: min, opt and max shape by input name; empty for a network of fixed shapes.
+        values: For each profile the min, opt and max values by name of the inputs whose values decide shapes.
         tf32: Whether float32 matrix products may round their inputs to TF32 (10 bits of mantissa).
         compute_capabilities: Targets of an engine built ahead of time ("8.9"); empty: this GPU, or the backend's
             portable default without one.
@@ -60,6 +61,7 @@ class BuildRequest:
     tf32: bool
     compute_capabilities: tuple[str, ...] = ()
     options: BuildOptions = DEFAULT_BUILD
+    values: tuple[Mapping[str, Shapes], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,8 @@ def build_engine(request: BuildRequest, on_event: OnEvent | None = None) -> Buil
         "onnx": str(request.onnx.absolute()),
         "engine": str(partial.absolute()),
         "backend": backend.name,
-        "profiles": [{name: list(map(list, shapes)) for name, shapes in p.items()} for p in request.profiles],
+        "profiles": _to_json(request.profiles),
+        "values": _to_json(request.values),
         "tf32": request.tf32,
         "targets": targets,
         "options": request.options.to_json(),
@@ -182,13 +185,14 @@ def build_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     if not parsed or parser.num_errors:
         nodes = [error.to_json() for error in node_errors(parser)]
         return {"failure": {"kind": "parse", "nodes": nodes, "log": log.errors}}
-    check_network(trt, network, backend)
+    values: Sequence[Mapping[str, Shapes]] = args.get("values", [])
+    check_network(trt, network, backend, deciding=values[0] if values else ())
     allow_decomposition(trt, network)
     inputs, outputs = network_specs(network)
     config = _configure(trt, builder, args)
     timings = args["options"]["timing_cache"]
     warnings = use_timings(config, Path(timings)) if timings else []
-    add_profiles(builder, config, inputs, args["profiles"])
+    add_profiles(builder, config, inputs, args["profiles"], values)
     monitor = _make_monitor(trt, emit)
     config.progress_monitor = monitor
     emit("doing", what="building")
@@ -212,6 +216,10 @@ def build_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         "warnings": [*warnings, *log.warnings],
         "seconds": {"parse": parse_seconds, "build": build_seconds},
     }
+
+
+def _to_json(profiles: Sequence[Mapping[str, Shapes]]) -> list[dict[str, list[list[int]]]]:
+    return [{name: [list(end) for end in ends] for name, ends in profile.items()} for profile in profiles]
 
 
 def _targets(request: BuildRequest, backend: Backend) -> list[str]:

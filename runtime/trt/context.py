@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import weakref
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 from trtforge.runtime.errors import ArtifactError, ConfigError
 from trtforge.runtime.lanes import Graph, OnLayer, Shape
+from trtforge.runtime.specs import TensorSpec
 from trtforge.runtime.trt.gate import GATE
 from trtforge.runtime.trt.load import OpenEngine
 from trtforge.runtime.trt.streams import CaptureError, Streams
@@ -41,6 +43,9 @@ class GpuContext:
         self._streams = streams
         self._context = context
         self._names = [spec.name for spec in (*opened.inputs, *opened.outputs)]
+        self._host = opened.host_inputs
+        self._values: dict[str, Any] = {}
+        """The host's memory that TensorRT reads the values of shape inputs from."""
         self.profiler: Any = None
         """What `attach_profiler` gave: kept alive here."""
         self._attempts_left = _CAPTURE_ATTEMPTS
@@ -64,6 +69,9 @@ class GpuContext:
         context = self._context
         self._opened.log.errors.clear()
         for spec, shape in zip(self._opened.inputs, inputs, strict=True):
+            if spec.name in self._host:
+                self._set_values(spec, shape)
+                continue
             if not context.set_input_shape(spec.name, tuple(shape)):
                 raise self._misshapen(f"the engine refuses shape {list(shape)} for input {spec.name!r}")
         if missing := context.infer_shapes():
@@ -160,9 +168,17 @@ class GpuContext:
             return
         self._bound = ()
         for name, address in zip(self._names, bound, strict=True):
+            if name in self._host:
+                continue
             if not self._context.set_tensor_address(name, address):
                 raise self._opened.refused(f"refuses the memory of {name!r}")
         self._bound = bound
+
+    def _set_values(self, spec: TensorSpec, values: Shape) -> None:
+        kind = ctypes.c_int64 if spec.dtype == "int64" else ctypes.c_int32
+        self._values[spec.name] = memory = (kind * max(1, len(values)))(*values)
+        if not self._context.set_tensor_address(spec.name, ctypes.addressof(memory)):
+            raise self._misshapen(f"the engine refuses the values {list(values)} for input {spec.name!r}")
 
     def _enter_profile(self, profile: int) -> None:
         with GATE.shared():

@@ -146,6 +146,10 @@ class EngineRunner:
                     why="; ".join(self._log.errors[-3:]),
                     fix=_PROFILE_FIX,
                 )
+            if name in self._opened.host_inputs:
+                if not self._context.set_tensor_address(name, array.ctypes.data):
+                    raise self._opened.refused(f"refuses the values of {name!r}")
+                continue
             buffer = self._buffer(name, array.nbytes)
             self._cuda.copy_in(buffer, array)
         if missing := self._context.infer_shapes():
@@ -194,10 +198,12 @@ class EngineRunner:
 
     def _select_profile(self, arrays: Mapping[str, Array], asked: int | None) -> None:
         profiles = self.profiles
+        host = self._opened.host_inputs
+        asked_for = {name: _extent(array, by_value=name in host) for name, array in arrays.items()}
         allowed = range(len(profiles)) if asked is None else (asked,)
-        fitting = [number for number in allowed if number < len(profiles) and _holds(profiles[number], arrays)]
+        fitting = [number for number in allowed if number < len(profiles) and _holds(profiles[number], asked_for)]
         if not fitting:
-            given = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+            given = ", ".join(f"{name} {list(extent)}" for name, extent in asked_for.items())
             ranges = "; ".join(
                 f"profile {number}: "
                 + ", ".join(f"{name} {list(least)} to {list(most)}" for name, (least, _, most) in profile.items())
@@ -370,12 +376,17 @@ def _in_child(task: str, args: Mapping[str, Any], engine: Path, on_event: OnEven
         ) from error
 
 
-def _holds(profile: Mapping[str, tuple[tuple[int, ...], ...]], arrays: Mapping[str, Array]) -> bool:
-    for name, array in arrays.items():
+def _extent(array: Array, *, by_value: bool) -> tuple[int, ...]:
+    """What a profile's range is compared with: the shape, or the values where they decide shapes."""
+    return tuple(array.reshape(-1).tolist()) if by_value else array.shape
+
+
+def _holds(profile: Mapping[str, tuple[tuple[int, ...], ...]], extents: Mapping[str, tuple[int, ...]]) -> bool:
+    for name, extent in extents.items():
         least, _, most = profile[name]
-        if len(least) != array.ndim:
+        if len(least) != len(extent):
             return False
-        if not all(low <= size <= high for low, size, high in zip(least, array.shape, most, strict=True)):
+        if not all(low <= size <= high for low, size, high in zip(least, extent, most, strict=True)):
             return False
     return True
 

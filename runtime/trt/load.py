@@ -42,11 +42,12 @@ class OpenEngine:
         engine: The `ICudaEngine`; None after `close`.
         inputs: In the engine's order; engines forget the names of dimensions, so they are called `name[axis]`.
         outputs: In the engine's order.
-        profiles: For each optimization profile the shapes by input name.
+        profiles: For each optimization profile the shapes by input name; of an input in `host_inputs` the values.
+        host_inputs: The inputs whose values decide shapes: they stay in the host's memory.
 
     Raises:
         MissingDependencyError: the backend does not load.
-        ArtifactError: the plan cannot be read or deserialised, a tensor of it lives on the host, or an engine of the
+        ArtifactError: the plan cannot be read or deserialised, an output of it lives on the host, or an engine of the
             other kind of TF32 lives in this process.
         ConfigError: a budget for weights that were not built to stream.
     """
@@ -71,6 +72,7 @@ class OpenEngine:
             raise self.refused("does not load")
         if options.weight_budget_mib is not None:
             self._limit_weights(options.weight_budget_mib << 20)
+        self.host_inputs: frozenset[str] = frozenset()
         self.inputs, self.outputs = self._describe()
         self.profiles: tuple[ProfileShapes, ...] = tuple(
             {spec.name: tuple(self._range(spec, number)) for spec in self.inputs}
@@ -110,20 +112,25 @@ class OpenEngine:
         outputs: list[TensorSpec] = []
         for number in range(self.engine.num_io_tensors):
             name = self.engine.get_tensor_name(number)
+            is_input = self.engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT
             if self.engine.get_tensor_location(name) != self.trt.TensorLocation.DEVICE:
-                raise ArtifactError(
-                    f"the tensor {name!r} of {self.path} lives on the host: its values decide shapes",
-                    fix="take sizes from an input's shape instead of an input's values, and build again",
-                )
+                if not is_input:
+                    raise ArtifactError(
+                        f"the output {name!r} of {self.path} lives on the host: it is a shape",
+                        fix="leave it out of the model's outputs, and build again",
+                    )
+                self.host_inputs |= {name}
             shape = tuple(
                 size if size >= 0 else f"{name}[{axis}]" for axis, size in enumerate(self.engine.get_tensor_shape(name))
             )
             spec = TensorSpec(name, dtype_name(self.engine.get_tensor_dtype(name)), shape)
-            is_input = self.engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT
             (inputs if is_input else outputs).append(spec)
         return tuple(inputs), tuple(outputs)
 
     def _range(self, spec: TensorSpec, profile: int) -> list[tuple[int, ...]]:
+        if spec.name in self.host_inputs:
+            # Number first, then name: the other way round than its neighbour below, and than its own signature says.
+            return [tuple(ends) for ends in self.engine.get_tensor_profile_values(profile, spec.name)]
         fixed = tuple(size for size in spec.shape if isinstance(size, int))
         if len(fixed) == len(spec.shape):  # profiles leave inputs of fixed shape out
             return [fixed] * 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
@@ -67,11 +67,18 @@ def node_errors(parser: Any) -> list[NodeError]:
     return sorted(found, key=lambda item: (-len(item.inside), found[item]))
 
 
-def check_network(trt: ModuleType, network: Any, backend: Backend) -> None:
+def check_network(trt: ModuleType, network: Any, backend: Backend, *, deciding: Collection[str] = ()) -> None:
     """Refuses networks that parse and then fail to build without a word of the reason.
 
+    Args:
+        trt: TensorRT's module.
+        network: As it was parsed.
+        backend: What parsed it.
+        deciding: The inputs whose values have ranges in the profiles.
+
     Raises:
-        BuildError: no outputs; an input whose values decide shapes; INT8 convolutions where there is no kernel.
+        BuildError: no outputs; an input whose values decide shapes and have no range, or the reverse; INT8 convolutions
+            where there is no kernel.
     """
     if network.num_outputs == 0:
         raise BuildError(
@@ -80,11 +87,17 @@ def check_network(trt: ModuleType, network: Any, backend: Backend) -> None:
             fix="export the model again",
         )
     for tensor in _tensors(network, "input"):
-        if tensor.is_shape_tensor:
+        if tensor.is_shape_tensor and tensor.name not in deciding:
             raise BuildError(
-                f"the values of input {tensor.name!r} decide shapes inside the network",
-                why="an optimization profile gives ranges to the shapes of inputs, not to their values",
-                fix="take the sizes from an input's shape instead, or make them constants",
+                f"the values of input {tensor.name!r} decide shapes inside the network, and have no ranges",
+                why="an optimization profile has to hold them",
+                fix=f"name the dimension that each value is: `inputs: {{{tensor.name}: {{values: [height, width]}}}}`, "
+                "with their ranges under `dims`; or take the sizes from an input's shape",
+            )
+        if tensor.name in deciding and not tensor.is_shape_tensor:
+            raise BuildError(
+                f"the values of input {tensor.name!r} are given as dimensions, and decide no shape in the network",
+                fix="give `values: [min, max]`, or leave them out",
             )
     if not backend.capabilities.int8_conv and (names := _int8_convolutions(trt, network)):
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from trtforge.runtime.errors import BuildError
@@ -18,9 +19,20 @@ _ENDS = ("min", "opt", "max")
 
 
 def add_profiles(
-    builder: Any, config: Any, inputs: Sequence[TensorSpec], profiles: Sequence[Mapping[str, Shapes]]
+    builder: Any,
+    config: Any,
+    inputs: Sequence[TensorSpec],
+    profiles: Sequence[Mapping[str, Shapes]],
+    values: Sequence[Mapping[str, Shapes]] = (),
 ) -> None:
     """Adds every profile to `config`; a network of fixed shapes gets none.
+
+    Args:
+        builder: The `IBuilder`.
+        config: Its `IBuilderConfig`.
+        inputs: The network's.
+        profiles: Min, opt and max shape of each dynamic input, by name.
+        values: For each profile min, opt and max values of the inputs whose values decide shapes.
 
     Raises:
         BuildError: see `check_profile`; or TensorRT refuses one.
@@ -34,16 +46,19 @@ def add_profiles(
         )
     for number, profile in enumerate(profiles):
         check_profile(inputs, profile, number)
-    if not dynamic:
+    if not dynamic and not values:
         return
-    for number, profile in enumerate(profiles):
+    nothing: Mapping[str, Shapes] = {}
+    for number, (profile, deciding) in enumerate(zip_longest(profiles, values, fillvalue=nothing)):
         made = builder.create_optimization_profile()
         for spec in dynamic:
             made.set_shape(spec.name, *profile[spec.name])
+        for name, ends in deciding.items():
+            made.set_shape_input(name, *ends)
         if config.add_optimization_profile(made) < 0:
             raise BuildError(
                 f"TensorRT refuses optimization profile {number}: "
-                + ", ".join(f"{spec.name} {_show(profile[spec.name])}" for spec in dynamic),
+                + ", ".join(f"{name} {_show(ends)}" for name, ends in {**profile, **deciding}.items()),
                 fix="give [min, opt, max] in ascending order for each dynamic dimension",
             )
 

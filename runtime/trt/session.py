@@ -83,6 +83,11 @@ class EngineSession:
         return self._opened.profiles
 
     @property
+    def host_inputs(self) -> frozenset[str]:
+        """See `lanes.Session`."""
+        return self._opened.host_inputs
+
+    @property
     def alignment(self) -> int:
         """See `lanes.Session`."""
         return _ALIGNMENT

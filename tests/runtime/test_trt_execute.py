@@ -9,7 +9,7 @@ from trtforge.runtime.device import gpu_present
 from trtforge.runtime.errors import ArtifactError
 from trtforge.runtime.tensors import group_samples, save_tensors
 from trtforge.runtime.trt.backend import find_backend
-from trtforge.runtime.trt.execute import EngineRunner, _holds, inspect_engine, run_engine
+from trtforge.runtime.trt.execute import EngineRunner, _extent, _holds, inspect_engine, run_engine
 
 pytest.importorskip("tensorrt_rtx")
 VERSION = find_backend("tensorrt-rtx").version
@@ -59,7 +59,14 @@ def test_without_a_gpu_it_says_so_from_the_child_too(tmp_path):
 )
 def test_a_profile_holds_what_is_inside_it(shape, held):
     profile = {"x": ((1, 4), (2, 4), (8, 4))}
-    assert _holds(profile, {"x": np.zeros(shape, np.float32)}) is held
+    array = np.zeros(shape, np.float32)
+    assert _holds(profile, {"x": _extent(array, by_value=False)}) is held
+
+
+def test_of_a_shape_input_a_profile_holds_the_values():
+    profile = {"size": ((4, 4), (8, 8), (16, 16))}
+    for values, held in (((4, 16), True), ((3, 8), False), ((8, 17), False)):
+        assert _holds(profile, {"size": _extent(np.array(values), by_value=True)}) is held
 
 
 def test_samples_are_grouped_at_the_first_slash():
