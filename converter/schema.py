@@ -70,7 +70,10 @@ class InputSection(Section):
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.decides_shapes:
             self._check_elements()
-        elif isinstance(self.values, list) and not self.values[0] <= self.values[1]:  # type: ignore[operator]
+        # A list without names may have been read as dimensions, of which there can be any number.
+        elif isinstance(self.values, list) and not (
+            len(self.values) == 2 and self.values[0] <= self.values[1]  # type: ignore[operator]
+        ):
             raise ValueError(f"values {self.values} is not [min, max] with min <= max")
         return self
 
