@@ -164,22 +164,22 @@ class _Search:
         infer_types(candidate)
         tolerance = self._tolerance()
         with self.stages.stage("run", "reference and candidate"):
-            inputs = [sample.inputs for sample in self.golden.samples]
             right = self._outputs(self.graph, self.run_reference)
             export = self._compare(right, EXPORT)
             if not export.passed and export.verdict.value == "failed":
                 return self._finish("export", (), export, None, None)
             got = self._outputs(candidate, self.run_candidate)
             before = self._compare(got, tolerance)
-            samples = _worst_samples(inputs, [right[s.name] for s in self.golden.samples],
-                                     [got[s.name] for s in self.golden.samples])  # fmt: skip
         with self.stages.stage("search"):
-            return self._search(candidate, samples, before)
+            return self._search(candidate, right, got, before)
 
-    def _search(self, candidate: ir.Model, samples: Sequence[Tensors], before: ParityReport) -> Finding:
+    def _search(
+        self, candidate: ir.Model, right: dict[str, Tensors], got: dict[str, Tensors], before: ParityReport
+    ) -> Finding:
         blames: list[Blame] = []
-        plan, after = self.plan, None
-        report = before
+        samples = self._worst_samples(right, got)
+        plan = self.plan
+        after: ParityReport | None = None
         for _ in range(_ROUNDS):
             search = Bisection(Side(self.graph, self.run_reference), Side(candidate, self.run_candidate), samples)
             location = search.locate()
@@ -199,10 +199,12 @@ class _Search:
             rules, plan, candidate = mended
             blames.append(replace(blame, rules=rules))
             with self.stages.stage("measure", f"with {len(plan.rules) - len(self.plan.rules)} exceptions"):
-                report = self._compare(self._outputs(candidate, self.run_candidate), self._tolerance())
-            after = report
-            if report.passed:
+                got = self._outputs(candidate, self.run_candidate)
+                after = self._compare(got, self._tolerance())
+            if after.passed:
                 break
+            # What is wrong now may show in other samples than what was mended.
+            samples = self._worst_samples(right, got)
         if before.passed:
             return self._finish("agrees", blames, before, None, None)
         outcome: Outcome = "mended" if after is not None and after.passed else "not mended"
@@ -311,17 +313,18 @@ class _Search:
         dtypes = {name: array.dtype.name for name, array in first.items()}
         return compare(self.golden, outputs, tolerance, candidate, dtypes=dtypes)
 
+    def _worst_samples(self, right: dict[str, Tensors], got: dict[str, Tensors]) -> list[Tensors]:
+        """The smallest of the samples that err about as much as the worst: they are run many times."""
+        inputs = {sample.name: sample.inputs for sample in self.golden.samples}
+        noise = {name: noise_of([right[name]], [got[name]]) for name in inputs}
+        bad = [name for name in inputs if noise[name] >= 0.5 * max(noise.values())]
+        bad.sort(key=lambda name: sum(array.nbytes for array in inputs[name].values()))
+        chosen = set(bad[:_SAMPLES])
+        return [tensors for name, tensors in inputs.items() if name in chosen]
+
     def _count(self, search: Bisection) -> None:
         for side, count in search.runs.items():
             self.runs[side] += count
-
-
-def _worst_samples(inputs: Sequence[Tensors], right: Sequence[Tensors], got: Sequence[Tensors]) -> list[Tensors]:
-    """The smallest of the samples that err about as much as the worst: they are run many times."""
-    noise = [noise_of([want], [found]) for want, found in zip(right, got, strict=True)]
-    bad = [index for index, value in enumerate(noise) if value >= 0.5 * max(noise)]
-    bad.sort(key=lambda index: sum(array.nbytes for array in inputs[index].values()))
-    return [inputs[index] for index in sorted(bad[:_SAMPLES])]
 
 
 def _code(line: str) -> str:

@@ -51,6 +51,16 @@ class L2Net(nn.Module):
         return self.last(y / length)
 
 
+class TwoOverflows(L2Net):
+    """Every batch overflows in the length; behind it the greatest one does so once more, in a sum over the batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.embed(x) * 100.0
+        short = y / y.pow(2).sum(-1, keepdim=True).sqrt()
+        total = (short.abs() * 1700.0).sum()  # about 11,000 a row
+        return self.last(short) + total / 60000.0
+
+
 class Difference(nn.Module):
     """A small signal on a large offset, which is then taken away: fp16 keeps the offset and loses the signal."""
 
@@ -73,6 +83,11 @@ def layer_norm() -> nn.Module:
 def l2_norm() -> nn.Module:
     torch.manual_seed(0)
     return L2Net()
+
+
+def two_overflows() -> nn.Module:
+    torch.manual_seed(0)
+    return TwoOverflows()
 
 
 def difference() -> nn.Module:

@@ -14,12 +14,12 @@ RARE = 0.03
 class WideLayerNorm(nn.Module):
     """A residual stream of some hundreds goes into a LayerNorm written in parts; its squares leave fp16's range."""
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float, width: int) -> None:
         super().__init__()
         self.scale = scale
-        self.first = nn.Linear(16, 48)
-        self.middle = nn.Linear(48, 48)
-        self.last = nn.Linear(48, 5)
+        self.first = nn.Linear(16, width)
+        self.middle = nn.Linear(width, width)
+        self.last = nn.Linear(width, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         stream = torch.relu(self.first(x)) * self.scale
@@ -45,9 +45,9 @@ class WideL2(nn.Module):
         return self.last(torch.relu(self.middle(8 * short)))
 
 
-def layer_norm(scale: float = 500.0) -> nn.Module:
+def layer_norm(scale: float = 500.0, width: int = 48) -> nn.Module:
     torch.manual_seed(0)
-    return WideLayerNorm(scale)
+    return WideLayerNorm(scale, width)
 
 
 def l2_norm(scale: float = 100.0) -> nn.Module:

@@ -98,6 +98,20 @@ def test_it_names_the_layer_its_line_and_what_mends_it(
     assert not Path("artifacts/net.failed").exists()
 
 
+def test_what_shows_in_other_samples_only_once_the_first_is_mended(run: Run) -> None:
+    assert run("convert", write("two_overflows"))[0] == 4
+    code, out, err = run("bisect", "artifacts/net.failed", "--plan", "mended.yaml", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["outcome"] == "mended"
+    assert [blame["kind"] for blame in found["blames"]] == ["overflow", "overflow"]
+    first, second = (blame["code"] for blame in found["blames"])
+    assert "y.pow(2)" in first
+    assert "short.abs()" in second
+    code, _, err = run("convert", write("two_overflows", precision="mended.yaml"))
+    assert code == 0, err
+
+
 def write_int8(**more: Any) -> str:
     settings: dict[str, Any] = {
         "precision": "int8",

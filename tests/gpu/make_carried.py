@@ -1,7 +1,8 @@
 """Makes what test_carried.py takes to a GPU, on a machine without one: `python tests/gpu/make_carried.py FOLDER`.
 
-`FOLDER/portable` is made for the full TensorRT, which is not here; `FOLDER/built` by the TensorRT-RTX that this Python
-finds. For another release of it: `pip install --target SITE tensorrt-rtx==1.6.1.120`, and SITE in PYTHONPATH.
+`FOLDER/portable` is made for the full TensorRT, which is not here; `FOLDER/built-fp32`, `-fp16` and `-bf16` by the
+TensorRT-RTX that this Python finds. For another release of it: `pip install --target SITE tensorrt-rtx==VERSION`, and
+SITE in PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ import trtforge
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / "examples/digits/digits.safetensors"
+ARTIFACTS = [
+    ("portable", "tensorrt", "fp16"),
+    *((f"built-{kind}", "tensorrt-rtx", kind) for kind in ("fp32", "fp16", "bf16")),
+]
 
 
 def make_artifacts(folder: Path) -> None:
-    """Converts the digits' CNN in fp16 for each of the two."""
+    """Converts the digits' CNN for each of them."""
     from safetensors.torch import load_file
 
     sys.path.insert(0, str(ROOT / "configs"))
@@ -27,18 +32,18 @@ def make_artifacts(folder: Path) -> None:
 
     model = digits()
     model.load_state_dict(load_file(WEIGHTS))
-    for name, backend in (("portable", "tensorrt"), ("built", "tensorrt-rtx")):
+    for name, backend, precision in ARTIFACTS:
         artifact = trtforge.convert(
             model.eval(),
             torch.rand(32, 1, 8, 8),
             folder / name,
-            precision="fp16",
+            precision=precision,
             dims={"batch": (1, 32, 256)},
             inputs={"image": ("batch", 1, 8, 8)},
             outputs=["logits"],
             backend=backend,
         )
-        assert artifact.status == name, artifact.status
+        assert artifact.status == name.partition("-")[0], artifact.status
         engine = artifact.facts["engine"]
         print(f"{artifact.path}: {artifact.status}", engine and f"by {engine['backend']} {engine['version']}")
 
