@@ -76,7 +76,8 @@ def convert(
         model: A module (any device; it is left as it was), an `ExportedProgram`, or the path of an `.onnx` or `.pt2`
             file.
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments, which may hold dicts,
-            tuples, None and dataclasses; may be None for an exported program, and is for an ONNX file.
+            tuples, None and dataclasses; may be None for an exported program, and for an ONNX file, of which it is a
+            tensor or array, or several by order or name.
         output: The artifact's folder, replaced as a whole; its last part is the model's name.
         precision: "fp32", "tf32", "fp16", "bf16", "int8", "fp8", a plan, or the path of a plan's YAML file; "auto"
             finds the fastest that keeps tolerances and budget. int8 and fp8 with a budget are mended until they do.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx.version_converter
@@ -15,13 +15,12 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx_ir.passes.common import ShapeInferencePass
 
 from trtforge.converter.cleanup import clean
-from trtforge.converter.dims import fix_static, merge_profiles, rename_dims
+from trtforge.converter.foreign_inputs import complete_ranks, forget_unknown_sizes, match_inputs, specs_from_call
 from trtforge.converter.identity import identify
 from trtforge.converter.unsupported import rewrite
-from trtforge.runtime.errors import ConfigError, ExportError
-from trtforge.runtime.graph import OnnxModel, all_graphs, dtype_name, save_graph
-from trtforge.runtime.specs import DTYPES, InputSpec, Profile
-from trtforge.runtime.suggest import nearest
+from trtforge.runtime.errors import ExportError
+from trtforge.runtime.graph import OnnxModel, all_graphs, save_graph
+from trtforge.runtime.specs import InputSpec, Profile
 
 __all__ = ["Imported", "external_files", "import_onnx"]
 
@@ -42,6 +41,8 @@ def import_onnx(
     *,
     profiles: Sequence[Profile] = (),
     inputs: Sequence[InputSpec] = (),
+    shapes: Mapping[str, Sequence[int | str | None]] | None = None,
+    example: Any = None,
     opset: int | None,
     folder: Path,
     rewritten: Collection[str] = (),
@@ -53,6 +54,8 @@ def import_onnx(
         profiles: Ranges of the dynamic dimensions.
         inputs: Names for the dimensions of inputs, by the inputs' names in the file. Inputs left out keep the names
             that the file gives their dimensions.
+        shapes: In place of `inputs`, from Python: see `specs_from_call`; so `example`.
+        example: One call's inputs.
         opset: Graphs below it are converted to it; None leaves those from 13 on as they are.
         folder: An existing folder.
         rewritten: Operators that are expressed through others.
@@ -63,10 +66,14 @@ def import_onnx(
         ConfigError: an input that the file lacks, another rank or dtype than it has, a rank or a dimension's name that
             neither side gives, or a dimension without a range.
     """
-    proto = _convert(_read(path, inputs), opset or _LEAST_OPSET)
+    proto = _load(path)
+    forget_unknown_sizes(proto)
+    inputs = (*inputs, *specs_from_call(proto, shapes or {}, example))
+    _check(proto, path, inputs)
+    proto = _convert(proto, opset or _LEAST_OPSET)
     model = ir.from_proto(proto)
     ir.external_data.set_base_dir(model.graph, path.parent)
-    specs = _match_inputs(model, inputs, profiles)
+    specs = match_inputs(model, inputs, profiles)
     clean(model)
     if any(node.op_type in rewritten for graph in all_graphs(model) for node in graph):
         ShapeInferencePass(check_type=False, strict_mode=False)(model)
@@ -77,7 +84,7 @@ def import_onnx(
     return Imported(save_graph(model, folder / "reference.onnx"), specs)
 
 
-def _read(path: Path, inputs: Sequence[InputSpec]) -> onnx.ModelProto:
+def _load(path: Path) -> onnx.ModelProto:
     try:
         proto = onnx.load(path, load_external_data=False)
     except FileNotFoundError:
@@ -89,36 +96,18 @@ def _read(path: Path, inputs: Sequence[InputSpec]) -> onnx.ModelProto:
         ) from error
     if not proto.graph.node and not proto.graph.output:
         raise ExportError(f"{path} holds no ONNX graph", why="the file is empty, incomplete, or no ONNX")
+    return proto
+
+
+def _check(proto: onnx.ModelProto, path: Path, inputs: Sequence[InputSpec]) -> None:
     _check_external_data(proto, path)
-    completed = _complete_ranks(proto, inputs)
+    completed = complete_ranks(proto, inputs)
     try:
         if completed:
             onnx.load_external_data_for_model(proto, str(path.parent))
         onnx.checker.check_model(proto if completed else path)
     except onnx.checker.ValidationError as error:
         raise ExportError(f"{path} is not valid ONNX: {_first_line(error)}", fix="export it again") from error
-    return proto
-
-
-def _complete_ranks(proto: onnx.ModelProto, inputs: Sequence[InputSpec]) -> bool:
-    """Gives inputs without a shape that of their spec (TensorRT would make scalars of them); whether there were any."""
-    shapes = {spec.name: spec.shape for spec in inputs}
-    weights = {tensor.name for tensor in proto.graph.initializer}
-    lacking = [
-        value
-        for value in proto.graph.input
-        if value.name not in weights
-        and value.type.HasField("tensor_type")
-        and not value.type.tensor_type.HasField("shape")
-    ]
-    for value in lacking:
-        if value.name not in shapes:
-            raise ConfigError(
-                f"input {value.name!r} has no rank in the file", fix=f"give `{value.name}` a `shape` under `inputs`"
-            )
-        element = value.type.tensor_type.elem_type
-        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, element, shapes[value.name]))
-    return bool(lacking)
 
 
 def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
@@ -198,78 +187,6 @@ def _copy_names(old: onnx.GraphProto, new: onnx.GraphProto) -> None:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH and attribute.name in bodies:
                 _copy_names(bodies[attribute.name], attribute.g)
-
-
-def _match_inputs(model: ir.Model, wanted: Sequence[InputSpec], profiles: Sequence[Profile]) -> tuple[InputSpec, ...]:
-    values = {str(value.name): value for value in model.graph.inputs if not value.is_initializer()}
-    for spec in wanted:
-        if spec.name not in values:
-            raise ConfigError(f"the model has no input {spec.name!r}", fix=nearest(spec.name, values))
-    given = {spec.name: spec for spec in wanted}
-    dims = merge_profiles(profiles)
-    renamed: dict[str, str | int] = {}
-    specs: list[InputSpec] = []
-    for name, value in values.items():
-        spec = _spec_of(value, given.get(name))
-        for axis, (theirs, ours) in enumerate(zip(value.shape or spec.shape, spec.shape, strict=True)):
-            _match_axis(name, axis, theirs, ours, renamed)
-            if isinstance(ours, str) and ours not in dims:
-                raise ConfigError(
-                    f"input {name!r}: dimension {ours!r} (axis {axis}) has no range",
-                    fix=f"add `{ours}: [min, opt, max]` to `dims`, or give the input a `shape` without it",
-                )
-        for dim in sorted(spec.dims - set(dims) - set(spec.shape)):
-            raise ConfigError(f"input {name!r}: the value {dim!r} has no range", fix="add it to `dims`")
-        specs.append(spec)
-    fixed = fix_static(specs, dims)
-    rename_dims(model, renamed | {name: dim.max for name, dim in dims.items() if dim.min == dim.max})
-    for spec in fixed:
-        values[spec.name].shape = ir.Shape(spec.shape)
-    return tuple(fixed)
-
-
-def _spec_of(value: ir.Value, given: InputSpec | None) -> InputSpec:
-    name, dtype = str(value.name), dtype_name(value.dtype)
-    if dtype not in DTYPES:
-        raise ExportError(f"input {name!r} is {dtype}", why=f"an engine takes {', '.join(DTYPES)}")
-    if given is not None:
-        if given.dtype != dtype:
-            raise ConfigError(f"input {name!r} is {dtype} in the model and {given.dtype} under `inputs`")
-        if value.shape is not None and len(value.shape) != len(given.shape):
-            raise ConfigError(
-                f"input {name!r} has {len(value.shape)} axes in the model, {list(given.shape)} under `inputs`"
-            )
-        return given
-    shape: list[int | str] = []
-    for axis, dim in enumerate(value.shape or ()):
-        if isinstance(dim, ir.SymbolicDim) and (dim.value is None or re.match(r"unk__\d+$", str(dim.value))):
-            raise ConfigError(
-                f"input {name!r}: axis {axis} is dynamic and has no name in the file",
-                fix=f"give `{name}` a `shape` under `inputs`, with a name that `dims` has a range for",
-            )
-        shape.append(dim if isinstance(dim, int) else str(dim.value))
-    return InputSpec(name, dtype, tuple(shape))
-
-
-def _match_axis(name: str, axis: int, theirs: object, ours: int | str, renamed: dict[str, str | int]) -> None:
-    if isinstance(theirs, int):
-        if isinstance(ours, str):
-            raise ExportError(
-                f"dimension {ours!r} froze at {theirs}: axis {axis} of input {name!r} has that size in the file",
-                fix=f"export the model again with a dynamic axis, or write {theirs} in place of {ours!r}",
-            )
-        if theirs != ours:
-            raise ConfigError(f"input {name!r}: axis {axis} is {theirs} in the model and {ours} under `inputs`")
-        return
-    symbol = theirs.value if isinstance(theirs, ir.SymbolicDim) else None
-    if symbol is None:
-        return
-    if renamed.setdefault(str(symbol), ours) != ours:
-        raise ConfigError(
-            f"input {name!r}: axis {axis} is called {ours!r}, and the model's {str(symbol)!r}, which it is, elsewhere "
-            f"{renamed[str(symbol)]!r}",
-            fix="give the dimension one name wherever it occurs",
-        )
 
 
 def _first_line(error: Exception) -> str:

@@ -108,10 +108,13 @@ def _import(config: ConversionConfig, loaded: LoadedModel, backend: Backend | No
     from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
 
     assert loaded.onnx is not None
+    given = loaded.example
     imported = import_onnx(
         loaded.onnx,
         profiles=config.profiles,
         inputs=config.inputs,
+        shapes=None if given is None else given.shapes,
+        example=None if given is None else given.inputs,
         opset=config.target.opset,
         folder=folder,
         rewritten=_rewritten(backend),

@@ -16,7 +16,7 @@ from trtforge.runtime.child import Emit, OnEvent, run_child
 from trtforge.runtime.errors import ConfigError, ExportError, MissingDependencyError, ParityError
 from trtforge.runtime.inputs import numpy_dtype
 from trtforge.runtime.runner import Array, Tensors
-from trtforge.runtime.specs import TensorSpec
+from trtforge.runtime.specs import TensorSpec, is_dim_name
 from trtforge.runtime.suggest import nearest
 
 if TYPE_CHECKING:
@@ -364,7 +364,9 @@ def _add_outputs(graph: onnx.GraphProto, names: Iterable[str]) -> None:
 
 def _spec(arg: Any) -> TensorSpec:
     kind = arg.type.removeprefix("tensor(").removesuffix(")")
-    shape = tuple(dim if isinstance(dim, (int, str)) else "?" for dim in arg.shape)
+    shape = tuple(
+        dim if isinstance(dim, int) or (isinstance(dim, str) and is_dim_name(dim)) else "?" for dim in arg.shape
+    )
     return TensorSpec(arg.name, _TYPES.get(kind, kind), shape)
 
 

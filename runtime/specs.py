@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ __all__ = [
     "Profile",
     "TensorSpec",
     "ValueRange",
+    "is_dim_name",
     "profile_points",
     "resolve_shape",
 ]
@@ -23,6 +25,8 @@ DTYPES: Mapping[str, int] = {
     "float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "int8": 1, "uint8": 1, "int32": 4, "int64": 8, "bool": 1,
 }  # fmt: skip
 """Element types by their numpy/torch name, and their size in bytes."""
+
+_NO_NAME = re.compile(r"\s*(unk__\d+|\?|-\d+|none)?\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,3 +110,12 @@ def resolve_shape(shape: Sequence[int | str], sizes: Mapping[str, int]) -> tuple
 def profile_points(profile: Profile) -> dict[str, dict[str, int]]:
     """`{"min": sizes, "opt": sizes, "max": sizes}` of one profile."""
     return {end: {name: getattr(dim, end) for name, dim in profile.items()} for end in ("min", "opt", "max")}
+
+
+def is_dim_name(text: str) -> bool:
+    """Whether axes that bear this name in an ONNX file are of one size.
+
+    tf2onnx and onnx's own shape inference (`unk__7`), Keras (`None`, ``) and others (`?`, `-1`) write it where a size is
+    unknown, on any axis.
+    """
+    return _NO_NAME.fullmatch(text) is None
