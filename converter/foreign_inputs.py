@@ -18,6 +18,7 @@ from trtforge.runtime.suggest import nearest
 
 __all__ = ["complete_ranks", "forget_unknown_sizes", "match_inputs", "specs_from_call"]
 
+
 def forget_unknown_sizes(proto: onnx.ModelProto) -> None:
     """Leaves each dimension open that has a negative size, or a name that is none."""
     for value in _described_values(proto.graph):
@@ -130,7 +131,8 @@ def _name_arrays(example: Any, names: Sequence[str]) -> dict[str, Array]:
     values = example if isinstance(example, tuple | list) else (example,)
     if len(values) > len(names):
         raise ConfigError(
-            f"example_inputs has {len(values)} values, and the model {len(names)} inputs", fix=f"give {', '.join(names)}"
+            f"example_inputs has {len(values)} values, and the model {len(names)} inputs",
+            fix=f"give {', '.join(names)}",
         )
     return {name: _array(value) for name, value in zip(names, values, strict=False)}
 

@@ -115,7 +115,7 @@ def profile_points(profile: Profile) -> dict[str, dict[str, int]]:
 def is_dim_name(text: str) -> bool:
     """Whether axes that bear this name in an ONNX file are of one size.
 
-    tf2onnx and onnx's own shape inference (`unk__7`), Keras (`None`, ``) and others (`?`, `-1`) write it where a size is
-    unknown, on any axis.
+    tf2onnx and onnx's own shape inference write `unk__7`, others `?`, `-1`, `None` or nothing where a size is unknown,
+    on any axis.
     """
     return _NO_NAME.fullmatch(text) is None
