@@ -17,6 +17,8 @@ from onnx_ir.passes.common import ShapeInferencePass
 from trtforge.converter.cleanup import clean
 from trtforge.converter.foreign_inputs import complete_ranks, forget_unknown_sizes, match_inputs, specs_from_call
 from trtforge.converter.identity import identify
+from trtforge.converter.onnx_ml import ML_DOMAIN, rewrite_ml
+from trtforge.converter.onnx_ml_outputs import plain_outputs
 from trtforge.converter.unsupported import rewrite
 from trtforge.runtime.errors import ExportError
 from trtforge.runtime.graph import OnnxModel, all_graphs, save_graph
@@ -30,10 +32,20 @@ _LEAST_OPSET = 13
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """The cleaned model, and a spec of each of its inputs."""
+    """A graph from elsewhere, made fit.
+
+    Attributes:
+        model: The cleaned graph.
+        specs: One for each of its inputs.
+        truth: The file that tells what the graph computes: as it came, or where that gives what is no tensor, a copy in
+            the folder that gives tensors.
+        notes: What the caller should know of the outputs.
+    """
 
     model: OnnxModel
     specs: tuple[InputSpec, ...]
+    truth: Path
+    notes: tuple[str, ...] = ()
 
 
 def import_onnx(
@@ -70,7 +82,11 @@ def import_onnx(
     forget_unknown_sizes(proto)
     inputs = (*inputs, *specs_from_call(proto, shapes or {}, example))
     _check(proto, path, inputs)
-    proto = _convert(proto, opset or _LEAST_OPSET)
+    truth, notes = path, plain_outputs(proto)
+    if notes:
+        truth = folder / ".truth.onnx"
+        onnx.save(proto, truth)
+    proto = _convert(_without_ml(proto), opset or _LEAST_OPSET)
     model = ir.from_proto(proto)
     ir.external_data.set_base_dir(model.graph, path.parent)
     specs = match_inputs(model, inputs, profiles)
@@ -81,7 +97,7 @@ def import_onnx(
         clean(model)
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
     identify(model)
-    return Imported(save_graph(model, folder / "reference.onnx"), specs)
+    return Imported(save_graph(model, folder / "reference.onnx"), specs, truth, notes)
 
 
 def _load(path: Path) -> onnx.ModelProto:
@@ -96,7 +112,18 @@ def _load(path: Path) -> onnx.ModelProto:
         ) from error
     if not proto.graph.node and not proto.graph.output:
         raise ExportError(f"{path} holds no ONNX graph", why="the file is empty, incomplete, or no ONNX")
+    _drop_repeated_opsets(proto)
     return proto
+
+
+def _drop_repeated_opsets(proto: onnx.ModelProto) -> None:
+    """skl2onnx imports one domain twice, and onnx's converter then raises the version of one entry only."""
+    versions: dict[str, int] = {}
+    for item in proto.opset_import:
+        versions[item.domain] = max(item.version, versions.get(item.domain, 0))
+    if len(versions) < len(proto.opset_import):
+        del proto.opset_import[:]
+        proto.opset_import.extend(onnx.helper.make_opsetid(*item) for item in versions.items())
 
 
 def _check(proto: onnx.ModelProto, path: Path, inputs: Sequence[InputSpec]) -> None:
@@ -152,6 +179,17 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield attribute.t
             for body in (attribute.g, *attribute.graphs):
                 yield from _tensors(body)
+
+
+def _without_ml(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Before any conversion, since what is written in their place is of the graph's own opset."""
+    if all(item.domain != ML_DOMAIN for item in proto.opset_import):
+        return proto
+    model = ir.from_proto(proto)
+    ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    rewrite_ml(model)
+    clean(model)
+    return ir.to_proto(model)
 
 
 def _convert(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:

@@ -129,6 +129,8 @@ class _Run:
         with stages.stage("export"):
             made = make_reference(self.config, self.loaded, self.backend, self.folder)
             reference, specs = made.model, made.specs
+            for note in made.notes:
+                stages.note(note)
         with stages.stage("record"):
             bench = self._record(specs, made.runner)
             labelled = self._record_labelled(specs, made.runner)

@@ -26,11 +26,15 @@ _PORTABLE_OPSET = 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reference:
-    """The float graph with ids, its inputs with the values that may be generated, and the runner of the truth."""
+    """The float graph with ids, its inputs with the values that may be generated, and the runner of the truth.
+
+    `notes` say what the caller should know of the outputs.
+    """
 
     model: OnnxModel
     specs: tuple[InputSpec, ...]
     runner: Runner
+    notes: tuple[str, ...] = ()
 
 
 def make_reference(config: ConversionConfig, loaded: LoadedModel, backend: Backend | None, folder: Path) -> Reference:
@@ -119,5 +123,10 @@ def _import(config: ConversionConfig, loaded: LoadedModel, backend: Backend | No
         folder=folder,
         rewritten=_rewritten(backend),
     )
-    try_in_child(loaded.onnx, imported.specs, config.profiles, folder)
-    return Reference(imported.model, imported.specs, OnnxRuntimeRunner(loaded.onnx, disable_quant_qdq=True))
+    try:
+        try_in_child(imported.truth, imported.specs, config.profiles, folder)
+        runner = OnnxRuntimeRunner(imported.truth, disable_quant_qdq=True)
+    finally:
+        if imported.truth != loaded.onnx:
+            imported.truth.unlink()
+    return Reference(imported.model, imported.specs, runner, imported.notes)

@@ -8,12 +8,23 @@ and is then named in the build's list of what the parser lacks. A second call ch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from trtforge.converter.node_writer import (
+    NodeWriter,
+    constant_int,
+    constant_ints,
+    dim_of,
+    int_attribute,
+    ints_attribute,
+    known_sizes,
+    node_input,
+    string_attribute,
+)
 from trtforge.runtime.graph import all_graphs
 from trtforge.runtime.runner import Array
 
@@ -29,53 +40,13 @@ def rewrite(model: ir.Model, operators: Collection[str]) -> None:
         for node in list(graph):
             if node.op_type not in operators or node.domain not in ("", "ai.onnx"):
                 continue
-            writer = _Writer(node, model.graph.opset_imports.get("", 0))
+            writer = NodeWriter(node, model.graph.opset_imports.get("", 0))
             result = REWRITTEN[node.op_type](writer, node)
             if result is not None:
                 writer.replace(result)
 
 
-class _Writer:
-    """Makes nodes that stand in place of one node."""
-
-    def __init__(self, node: ir.Node, opset: int) -> None:
-        self.node = node
-        self.opset = opset
-        self.made: list[ir.Node] = []
-
-    def add(self, op: str, *inputs: ir.Value | Array | None, **attributes: Any) -> ir.Value:
-        values = [self._constant(value) if isinstance(value, np.ndarray) else value for value in inputs]
-        metadata = dict(self.node.metadata_props)
-        node = ir.node(op, values, attributes or None, metadata_props=metadata, version=self.node.version)
-        self.made.append(node)
-        return node.outputs[0]
-
-    def reduce(self, op: str, value: ir.Value, axis: int) -> ir.Value:
-        # Axes became an input of ReduceSum at opset 13, of the others at 18.
-        if self.opset >= (13 if op == "ReduceSum" else 18):
-            return self.add(op, value, np.array([axis]), keepdims=0)
-        return self.add(op, value, axes=[axis], keepdims=0)
-
-    def transpose(self, value: ir.Value, order: Sequence[int]) -> ir.Value:
-        return value if list(order) == sorted(order) else self.add("Transpose", value, perm=list(order))
-
-    def replace(self, result: ir.Value) -> None:
-        graph, old = self.node.graph, self.node.outputs[0]
-        assert graph is not None
-        result.name, result.type, result.shape = old.name, old.type, old.shape
-        graph.insert_before(self.node, self.made)
-        old.replace_all_uses_with(result, replace_graph_outputs=True)
-        graph.remove(self.node, safe=True)
-
-    def _constant(self, array: Array) -> ir.Value:
-        node = ir.node("Constant", [], {"value": ir.tensor(array)}, metadata_props=dict(self.node.metadata_props))
-        self.made.append(node)
-        value = node.outputs[0]
-        value.const_value, value.dtype, value.shape = ir.tensor(array), ir.tensor(array).dtype, ir.Shape(array.shape)
-        return value
-
-
-def _rewrite_dft(writer: _Writer, node: ir.Node) -> ir.Value | None:
+def _rewrite_dft(writer: NodeWriter, node: ir.Node) -> ir.Value | None:
     """X[k] = sum over n of x[n] exp(-2πi nk/L): a product with a matrix, real and imaginary parts side by side.
 
     ONNX, operator DFT: the last axis holds 1 (real) or 2 (complex) parts; a signal longer than L is cut off, a shorter
@@ -83,15 +54,19 @@ def _rewrite_dft(writer: _Writer, node: ir.Node) -> ir.Value | None:
     """
     value = node.inputs[0]
     assert value is not None
-    sizes, axis = _sizes(value), _axis_of_dft(node, writer.opset)
+    sizes, axis = known_sizes(value), _axis_of_dft(node, writer.opset)
     if sizes is None or axis is None or value.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
         return None
     rank, axis = len(sizes), axis % len(sizes)
     length, parts = sizes[axis], sizes[-1]
-    inverse, onesided = bool(_int(node, "inverse", 0)), bool(_int(node, "onesided", 0))
+    inverse, onesided = bool(int_attribute(node, "inverse", 0)), bool(int_attribute(node, "onesided", 0))
     real = inverse and onesided
     period = (
-        _integer(node.inputs[1]) if _input(node, 1) is not None else length and 2 * (length - 1) if real else length
+        constant_int(node.inputs[1])
+        if node_input(node, 1) is not None
+        else length and 2 * (length - 1)
+        if real
+        else length
     )
     if not length or not period or parts not in (1, 2) or axis == rank - 1 or (real and parts == 1):
         return None
@@ -140,19 +115,19 @@ def value_dtype(value: ir.Value | None) -> Any:
 
 def _axis_of_dft(node: ir.Node, opset: int) -> int | None:
     if opset < 20:
-        return _int(node, "axis", 1)
-    return -2 if _input(node, 2) is None else _integer(_input(node, 2))
+        return int_attribute(node, "axis", 1)
+    return -2 if node_input(node, 2) is None else constant_int(node_input(node, 2))
 
 
-def _rewrite_col2im(writer: _Writer, node: ir.Node) -> ir.Value | None:
+def _rewrite_col2im(writer: NodeWriter, node: ir.Node) -> ir.Value | None:
     """Overlapping blocks added up: a transposed convolution, a group for each channel, with kernels of one pixel."""
     value = node.inputs[0]
     assert value is not None
-    sizes, image, block = _sizes(value), _integers(_input(node, 1)), _integers(_input(node, 2))
+    sizes, image, block = known_sizes(value), constant_ints(node_input(node, 1)), constant_ints(node_input(node, 2))
     if sizes is None or image is None or block is None or len(image) != 2 or not isinstance(sizes[1], int):
         return None
-    strides, dilations = _ints(node, "strides", [1, 1]), _ints(node, "dilations", [1, 1])
-    pads = _ints(node, "pads", [0, 0, 0, 0])
+    strides, dilations = ints_attribute(node, "strides", [1, 1]), ints_attribute(node, "dilations", [1, 1])
+    pads = ints_attribute(node, "pads", [0, 0, 0, 0])
     reach = [d * (k - 1) + 1 for d, k in zip(dilations, block, strict=True)]
     counts = [(image[i] + pads[i] + pads[i + 2] - reach[i]) // strides[i] + 1 for i in (0, 1)]
     rest = [image[i] - ((counts[i] - 1) * strides[i] + reach[i] - pads[i] - pads[i + 2]) for i in (0, 1)]
@@ -168,24 +143,24 @@ def _rewrite_col2im(writer: _Writer, node: ir.Node) -> ir.Value | None:
     )  # fmt: skip
 
 
-def _rewrite_scatter_elements(writer: _Writer, node: ir.Node) -> ir.Value | None:
+def _rewrite_scatter_elements(writer: NodeWriter, node: ir.Node) -> ir.Value | None:
     """`data[…, index[…, i, …], …] += update[…, i, …]` by comparing each index with each position.
 
     With `I` updates and `D` positions on the axis, an array of `I * D` for each other position holds the updates, and
     elsewhere what changes nothing; it is reduced over `I`. Where several updates meet, float sums may be in another
     order.
     """
-    reduction = _string(node, "reduction", "none")
-    data, index, update = (_input(node, number) for number in range(3))
+    reduction = string_attribute(node, "reduction", "none")
+    data, index, update = (node_input(node, number) for number in range(3))
     if reduction not in _NEUTRAL or data is None or index is None or update is None:
         return None
-    sizes, index_sizes = _sizes(data), _sizes(index)
+    sizes, index_sizes = known_sizes(data), known_sizes(index)
     if sizes is None or index_sizes is None or data.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
         return None
-    rank, axis = len(sizes), _int(node, "axis", 0) % len(sizes)
+    rank, axis = len(sizes), int_attribute(node, "axis", 0) % len(sizes)
     positions, updates = sizes[axis], index_sizes[axis]
     others = [a for a in range(rank) if a != axis]
-    same = all(_dim(data, a) is not None and _dim(data, a) == _dim(index, a) for a in others)
+    same = all(dim_of(data, a) is not None and dim_of(data, a) == dim_of(index, a) for a in others)
     if positions is None or not same or positions * (updates or 1) > _LARGEST:
         return None
     order = [*others, axis]
@@ -198,12 +173,12 @@ def _rewrite_scatter_elements(writer: _Writer, node: ir.Node) -> ir.Value | None
     return writer.add(combine, data, reduced)
 
 
-def _rewrite_scatter_nd(writer: _Writer, node: ir.Node) -> ir.Value | None:
+def _rewrite_scatter_nd(writer: NodeWriter, node: ir.Node) -> ir.Value | None:
     """`data[index[i]] += update[i]` along the first axis: a product with the matrix of what goes where."""
-    data, index, update = (_input(node, number) for number in range(3))
-    if _string(node, "reduction", "none") != "add" or data is None or index is None or update is None:
+    data, index, update = (node_input(node, number) for number in range(3))
+    if string_attribute(node, "reduction", "none") != "add" or data is None or index is None or update is None:
         return None
-    sizes, index_sizes = _sizes(data), _sizes(index)
+    sizes, index_sizes = known_sizes(data), known_sizes(index)
     if sizes is None or index_sizes is None or len(index_sizes) != 2 or index_sizes[1] != 1 or sizes[0] is None:
         return None
     if data.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16) or len(sizes) > len(_LETTERS):
@@ -217,7 +192,7 @@ def _rewrite_scatter_nd(writer: _Writer, node: ir.Node) -> ir.Value | None:
 _LETTERS = "abcefgh"
 
 
-def _hits(writer: _Writer, index: ir.Value, positions: int) -> ir.Value:
+def _hits(writer: NodeWriter, index: ir.Value, positions: int) -> ir.Value:
     """Shape (…, I, positions), bool: whether index I names the position; negative ones count from the end."""
     index = writer.add("Cast", index, to=ir.DataType.INT64.value)
     negative = writer.add("Less", index, np.array(0))
@@ -233,45 +208,9 @@ _NEUTRAL: dict[str, tuple[float, str, str]] = {
 }
 """What changes nothing under a reduction, its operator over an axis, and that of two tensors."""
 
-REWRITTEN: dict[str, Callable[[_Writer, ir.Node], ir.Value | None]] = {
+REWRITTEN: dict[str, Callable[[NodeWriter, ir.Node], ir.Value | None]] = {
     "DFT": _rewrite_dft,
     "Col2Im": _rewrite_col2im,
     "ScatterElements": _rewrite_scatter_elements,
     "ScatterND": _rewrite_scatter_nd,
 }
-
-
-def _input(node: ir.Node, number: int) -> ir.Value | None:
-    return node.inputs[number] if number < len(node.inputs) else None
-
-
-def _sizes(value: ir.Value) -> list[int | None] | None:
-    return None if value.shape is None else [size if isinstance(size, int) else None for size in value.shape]
-
-
-def _dim(value: ir.Value, axis: int) -> int | str | None:
-    assert value.shape is not None
-    size = value.shape[axis]
-    return size if isinstance(size, int) else size.value
-
-
-def _integers(value: ir.Value | None) -> list[int] | None:
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else [int(item) for item in tensor.numpy().reshape(-1)]
-
-
-def _integer(value: ir.Value | None) -> int | None:
-    found = _integers(value)
-    return found[0] if found is not None and len(found) == 1 else None
-
-
-def _int(node: ir.Node, name: str, default: int) -> int:
-    return node.attributes[name].as_int() if name in node.attributes else default
-
-
-def _ints(node: ir.Node, name: str, default: list[int]) -> list[int]:
-    return list(node.attributes[name].as_ints()) if name in node.attributes else default
-
-
-def _string(node: ir.Node, name: str, default: str) -> str:
-    return node.attributes[name].as_string() if name in node.attributes else default

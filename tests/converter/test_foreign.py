@@ -49,6 +49,19 @@ def test_conversion_keeps_the_names_of_nodes(tmp_path: Path) -> None:
     assert "n2_body_3_else_branch_1" in names
 
 
+def test_an_opset_that_is_imported_twice(tmp_path: Path) -> None:
+    """As skl2onnx writes it; onnx's converter then gives a graph that says it is of the old one."""
+    case = named("old_softmax")
+    proto = case.proto()
+    proto.opset_import.append(proto.opset_import[0])
+    onnx.save(proto, tmp_path / "source.onnx")
+    imported = import_onnx(tmp_path / "source.onnx", profiles=[DIMS], opset=20, folder=tmp_path)
+    assert imported.model.opset == 20
+    after = run_model(onnx.load(imported.model.path), case.feeds(2))
+    for name, array in case.expected(2).items():
+        np.testing.assert_allclose(after[name], array, rtol=1e-6, atol=1e-6)
+
+
 def test_the_users_dimension_names_replace_the_files(tmp_path: Path) -> None:
     path = tmp_path / "source.onnx"
     onnx.save(named("lstm").proto(), path)
