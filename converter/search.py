@@ -22,6 +22,8 @@ _SATURATED = 0.1
 """Of the output's power: an error as large is not the sum of its parts any more (an overflow that is divided by)."""
 _SPARED = 0.01
 """Of all work: sparing less is not worth another look."""
+_ROOTS = (0.15, 1.0)
+"""Between these is the exponent of the error power that answers go by, whatever two looks that scatter say."""
 _EACH = 0.1
 """What putting back any layer costs beside its multiply-accumulates, spread over all of them: casts and lost fusion."""
 
@@ -194,7 +196,7 @@ def mend(groups: Sequence[Group], plain: Score, look: Look, *, looks: int) -> Me
     """Puts groups back until a look passes, and then as few as pass.
 
     What gives NaN or Inf is put back first; then what does most harm for its share of the work, most harmful first.
-    How many, is guessed from how far the last look was off, and found by bisection.
+    How many, is guessed from how far the looks so far were off, and narrowed between one that failed and one that passed.
 
     Args:
         groups: From `rank_units`.
@@ -206,24 +208,25 @@ def mend(groups: Sequence[Group], plain: Score, look: Look, *, looks: int) -> Me
     order = sorted(groups, key=lambda group: (not math.isinf(group.harm), -group.harm / _price(group, number)))
     certain = sum(math.isinf(group.harm) for group in order)
     left = [sum(group.harm for group in order[count:] if math.isfinite(group.harm)) for count in range(len(order) + 1)]
-    fails, passes = (0, plain), (len(order), None)
+    fails, passes = (0, plain), len(order)
     best: Mended | None = None
-    last = (0, plain)
+    seen = [(0, plain)]
     for turn in range(looks):
-        low, high = fails[0], passes[0]
+        low = fails[0]
         if best is not None and (
-            high <= max(certain, low + 1) or sum(_price(g, number) for g in order[low + 1 : high]) < _SPARED
+            passes <= max(certain, low + 1) or sum(_price(g, number) for g in order[low + 1 : passes]) < _SPARED
         ):
             break
         if best is None and low >= len(order):
             break
-        count = _guess(left, last, certain, generous=best is None and turn == looks - 1)
+        middle = (low + passes + 1) // 2
+        count = _guess(left, seen, certain, middle, generous=best is None and turn == looks - 1)
         # Between what is known to fail and what is known, or taken, to pass.
-        count = min(max(count, low + 1), high - 1 if best is not None else high)
+        count = min(max(count, low + 1), passes - 1 if best is not None else passes)
         score = look(order[:count])
-        last = (count, score)
+        seen.append((count, score))
         if score.passed:
-            passes, best = (count, None), Mended(tuple(order[:count]), score)
+            passes, best = count, Mended(tuple(order[:count]), score)
         else:
             fails = (count, score)
     return best or Mended(tuple(order[: fails[0]]), fails[1])
@@ -234,13 +237,37 @@ def _price(group: Group, number: int) -> float:
     return group.share + _EACH * len(group.units) / number
 
 
-def _guess(left: Sequence[float], last: tuple[int, Score], certain: int, *, generous: bool) -> int:
-    """How many groups to put back: the fewest that leave the error amplitude that the last look says is allowed."""
-    count, score = last
+def _guess(
+    left: Sequence[float], seen: Sequence[tuple[int, Score]], certain: int, middle: int, *, generous: bool
+) -> int:
+    """How many groups to put back: the fewest that leave the error power that the looks so far say is allowed.
+
+    By how much the amplitude is off goes with some root of the power: with the square root where every answer is moved
+    alike, with a higher one where few samples hold most of the error. Two looks say which.
+
+    Args:
+        left: The error power that is left with so many groups put back.
+        seen: Looks and how many groups each had put back.
+        certain: How many are put back in any case.
+        middle: What to try where looks say nothing.
+        generous: Better too many than too few: there is no other look.
+    """
+    count, score = seen[-1]
     if count < certain:
         return certain
     if score.shrink is None:
-        return (count + len(left)) // 2
-    allowed = score.shrink * (0.7 if generous else 0.97)
-    target = left[count] * allowed**2
-    return next((number for number, power in enumerate(left) if number >= certain and power <= target), len(left) - 1)
+        return middle
+    known = [
+        (math.log(found.shrink), math.log(left[number]))
+        for number, found in seen
+        if found.shrink and math.isfinite(found.shrink) and left[number] > 0 and number >= certain
+    ]
+    if not known:
+        return middle
+    known.sort(key=lambda point: abs(point[0]))  # the nearest to what is just allowed
+    (off, power), *others = known
+    root = 0.5
+    if others and others[0][1] != power:
+        root = min(max((others[0][0] - off) / (power - others[0][1]), _ROOTS[0]), _ROOTS[1])
+    target = math.exp(power + (off + math.log(0.7 if generous else 0.97)) / root)
+    return next((number for number, rest in enumerate(left) if number >= certain and rest <= target), len(left) - 1)
