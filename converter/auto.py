@@ -2,7 +2,8 @@
 
 A plan is chosen because it passed, among several that were looked at; so every look's bounds are wrong less often, the
 stated error divided by the number of looks (Bonferroni), and the choice as a whole is wrong no more often than one look
-would be. Where the search has labelled samples of its own, the budget's see the chosen plan alone: nothing is divided.
+would be. Where the search has labelled samples of its own, the budget's see the chosen plan alone: nothing is divided,
+and a look asks whether those would pass too.
 What layers do harm is measured apart from that, for a quantized plan on calibration data.
 """
 
@@ -42,6 +43,7 @@ class Row:
         layers: How many could have been.
         evaluations: How many plans were run for it.
         looks: How many of those were whole plans.
+        tried: Each of these: how many layers were put back, and its score.
     """
 
     precision: Precision
@@ -53,6 +55,7 @@ class Row:
     layers: int
     evaluations: int
     looks: int
+    tried: tuple[tuple[int, Score], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,7 @@ class Choice:
             ],
             "evaluations": row.evaluations,
             "looks": row.looks,
+            "tried": [_describe_look(kept, score) for kept, score in row.tried],
         }
 
 
@@ -129,7 +133,7 @@ def choose_plan(bench: Workbench, plan: PrecisionPlan, search: Search, candidate
     if not order:
         raise ConfigError("the search has no candidates", fix=f"give some of {', '.join(_ORDER)}")
     looks = sum(1 if kind == "fp32" else search.looks for kind in order)
-    bench.error = _ERROR if bench.separate else _ERROR / looks
+    bench.error = _ERROR / looks if bench.others is None else _ERROR
     rows: list[Row] = []
     for kind in order:
         row = _try(bench, _start(plan, kind, rows), kind, search)
@@ -161,10 +165,11 @@ def _try(bench: Workbench, plan: PrecisionPlan, kind: Precision, search: Search)
     high: Precision = plan.base if kind in QUANTIZED else "fp32"
     units = bench.units(plan, kind) if kind not in ("fp32", "tf32") else []
     plain = bench.look(plan)
+    tried = [(0, plain)]
 
     def row(plan: PrecisionPlan, score: Score, kept: tuple[Group, ...] = ()) -> Row:
         spent = bench.evaluations - evaluations, bench.looks - looks
-        return Row(kind, plan, score, plain, kept, high, len(units), *spent)
+        return Row(kind, plan, score, plain, kept, high, len(units), *spent, tuple(tried))
 
     # What is not built gives no measure to mend by.
     if plain.passed or "unbuilt" in plain.facts or kind in ("fp32", "tf32") or search.looks < 2:
@@ -186,6 +191,7 @@ def _try(bench: Workbench, plan: PrecisionPlan, kind: Precision, search: Search)
             return Score(False, f"nothing would be left in {kind}", None, math.inf)
         score = bench.look(mended(kept))
         number = sum(len(group.units) for group in kept)
+        tried.append((number, score))
         bench.bench.stages.note(f"{kind} with {number} of {len(units)} layers in {high}: {score.reason}")
         return score
 
@@ -193,6 +199,18 @@ def _try(bench: Workbench, plan: PrecisionPlan, kind: Precision, search: Search)
     if not found.score.passed:  # as it was: what was put back in vain says nothing
         return row(plan, plain)
     return row(mended(found.kept), found.score, _single(found.kept))
+
+
+def _describe_look(kept: int, score: Score) -> dict[str, Any]:
+    found = score.facts.get("accuracy")
+    return {
+        "kept_back": kept,
+        "passed": score.passed,
+        "shares": score.facts.get("shares"),
+        "accuracy": found and found.candidate,
+        "drop": found and found.drop,
+        "drop_upper": found and found.upper,
+    }
 
 
 def _single(groups: Sequence[Group]) -> tuple[Group, ...]:

@@ -23,6 +23,7 @@ from trtforge.runtime.precision import QUANTIZED, NodeRef, Precision, PrecisionP
 from trtforge.runtime.runner import Tensors
 from trtforge.runtime.tensors import save_tensors
 from trtforge.validation.accuracy import AccuracyResult, Budget
+from trtforge.validation.accuracy_forecast import foresee
 from trtforge.validation.golden import load_outputs
 from trtforge.validation.metrics import Sums, add_sums, is_float, sum_errors
 from trtforge.validation.parity import ParityReport
@@ -67,7 +68,7 @@ class Workbench:
         calibrate: Ranges for all that a plan quantizes.
         guard: Adds what the overflow guard says.
         engines: None where none can run.
-        separate: The labelled samples are the search's own: the budget is judged on others, which saw no look.
+        others: How many samples the budget is judged on, where the labelled ones are the search's own; else None.
         error: Of each bound, so that all looks together are wrong no more often than was promised.
         evaluations: How many plans were run so far.
         looks: How many of those as a whole, by `look`.
@@ -83,7 +84,7 @@ class Workbench:
     calibrate: Callable[[PrecisionPlan], Quantization]
     guard: Callable[[PrecisionPlan], PrecisionPlan] = lambda plan: plan
     engines: Engines | None = None
-    separate: bool = False
+    others: int | None = None
     error: float = 0.05
     evaluations: int = 0
     looks: int = 0
@@ -246,6 +247,8 @@ class Workbench:
                 facts["failing"] = _failing(report)
         if run is not None and self.labelled is not None:
             result = self.labelled.judge(run, "precision", "", error=self.error)
+            if self.others is not None:
+                result = foresee(result, self.labelled.budget, self.others)
             facts |= {"accuracy": result, "worst": self.labelled.worst(run)}
             passed = passed and result.verdict == "passed"
             reasons.append(result.reason)

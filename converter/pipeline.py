@@ -153,7 +153,8 @@ class _Run:
         if self.config.search.wanted(plan, budget=labelled is not None):
             with stages.stage("search"):
                 looks = labelled if trial is None else trial
-                choice = self._search(plan, reference, specs, bench, looks, separate=trial is not None)
+                others = None if labelled is None or trial is None else labelled.reference.count
+                choice = self._search(plan, reference, specs, bench, looks, others=others)
             package.search = choice.to_json() | {"own_samples": None if trial is None else trial.reference.count}
             package.plan, quantization = choice.plan, choice.quantization
             error = choice.error if trial is None else None
@@ -297,7 +298,7 @@ class _Run:
         bench: Bench,
         labelled: LabelledSet | None,
         *,
-        separate: bool,
+        others: int | None,
     ) -> Choice:
         from trtforge.converter.auto import choose_plan
         from trtforge.converter.candidates import Engines, Workbench
@@ -324,7 +325,7 @@ class _Run:
             calibrate=lambda plan: self._calibrate(plan, reference, specs),
             guard=lambda plan: self._guard(plan, reference, bench),
             engines=engines,
-            separate=separate,
+            others=others,
         )
         has_data = self.config.calibration is not None or self.live.calibration is not None
         candidates = self.config.search.chosen(plan, timed=engines is not None, calibrated=has_data)

@@ -196,7 +196,7 @@ def mend(groups: Sequence[Group], plain: Score, look: Look, *, looks: int) -> Me
     """Puts groups back until a look passes, and then as few as pass.
 
     What gives NaN or Inf is put back first; then what does most harm for its share of the work, most harmful first.
-    How many, is guessed from how far the looks so far were off, and narrowed between one that failed and one that passed.
+    How many, is guessed from how far the looks so far were off, and narrowed between a failure and a pass.
 
     Args:
         groups: From `rank_units`.

@@ -16,9 +16,7 @@ from trtforge.converter.search import Group, Score, Unit, mend, rank_units
 class Layers:
     """Layers whose error powers add; `fatal` ones give NaN."""
 
-    def __init__(
-        self, harms: Sequence[float], allowed: float, fatal: Sequence[int] = (), root: float = 0.5
-    ) -> None:
+    def __init__(self, harms: Sequence[float], allowed: float, fatal: Sequence[int] = (), root: float = 0.5) -> None:
         self.harms, self.allowed, self.fatal, self.root = list(harms), allowed, set(fatal), root
         self.units = [Unit(str(i), 1 / len(self.harms)) for i in range(len(self.harms))]
         self.measured = self.looked = 0
