@@ -6,6 +6,7 @@ import ctypes
 import logging
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from trtforge.runtime.errors import ArtifactError, ConfigError
@@ -20,6 +21,7 @@ __all__ = ["GpuContext", "attach_profiler"]
 _log = logging.getLogger("trtforge.engine")
 
 _CAPTURE_ATTEMPTS = 3
+_SHAPES_KEPT = 1024
 
 
 class GpuContext:
@@ -50,6 +52,9 @@ class GpuContext:
         """What `attach_profiler` gave: kept alive here."""
         self._attempts_left = _CAPTURE_ATTEMPTS
         self._bound: tuple[int, ...] = ()
+        self._shapes: tuple[Shape, ...] = ()
+        self._compiled: set[tuple[Shape, ...]] = set()
+        """Shapes that this context ran with: what they take is compiled."""
         self._stream = streams.create_stream()
         self._done, self._fork, self._join = (streams.create_event() for _ in range(3))
         if profile:
@@ -62,7 +67,8 @@ class GpuContext:
             ConfigError: TensorRT refuses the shapes.
             ArtifactError: an output's shape depends on values.
         """
-        with GATE.shared():
+        self._shapes = tuple(tuple(shape) for shape in inputs)
+        with self._entering():
             return self._set_shapes(inputs)
 
     def _set_shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
@@ -92,10 +98,13 @@ class GpuContext:
         streams.record(self._fork, stream)
         streams.wait(self._stream, self._fork)
         try:
-            with GATE.shared():
+            with self._entering():
                 ran = self._context.execute_async_v3(self._stream)
             if not ran:
                 raise self._opened.refused("failed while it ran")
+            if len(self._compiled) >= _SHAPES_KEPT:
+                self._compiled.clear()
+            self._compiled.add(self._shapes)
         finally:
             streams.record(self._join, self._stream)
             streams.wait(stream, self._join)
@@ -162,6 +171,9 @@ class GpuContext:
             self._streams.destroy_event(event)
         self._streams.destroy_stream(self._stream)
 
+    def _entering(self) -> AbstractContextManager[object]:
+        return GATE.shared() if self._shapes in self._compiled else GATE.alone(wait=True)
+
     def _bind(self, addresses: Sequence[int]) -> None:
         bound = tuple(addresses)
         if bound == self._bound:
@@ -181,7 +193,7 @@ class GpuContext:
             raise self._misshapen(f"the engine refuses the values {list(values)} for input {spec.name!r}")
 
     def _enter_profile(self, profile: int) -> None:
-        with GATE.shared():
+        with GATE.alone(wait=True):
             if not self._context.set_optimization_profile_async(profile, self._stream):
                 raise self._opened.refused(f"cannot switch to profile {profile}")
         # It may have copied on the stream: nothing of the context begins before that is done.

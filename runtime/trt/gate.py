@@ -1,4 +1,4 @@
-"""Keeps captures apart from everything that may wait for the whole device, in this process."""
+"""Keeps captures, and what compiles, apart from everything else that TensorRT does in this process."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ class Gate:
 
     While a stream is captured, CUDA fails every wait for the device, in any thread, and spoils the capture for it.
     TensorRT may wait so whenever it prepares, compiles or enqueues; launching a graph and copying never does.
+
+    What compiles, or writes or reads what was compiled, is alone as well: on an H100 TensorRT-RTX 1.6.1 ended the
+    process (SIGSEGV in `execute_async_v3`) where eight threads ran new shapes while one made another context of the
+    same engine, which share a runtime cache. That is: loading, making a context, its first run with new shapes, and
+    saving the cache.
     """
 
     def __init__(self) -> None:

@@ -60,7 +60,7 @@ class EngineSession:
         here = check_fit(path, found, version=version, device=device, options=options)
         self._cuda = Cuda()
         self._streams = Streams(self._cuda)
-        with GATE.shared():
+        with GATE.alone(wait=True):
             self._opened = OpenEngine(path, found, tf32=tf32, options=options)
         self._opening = threading.Lock()
         self._compiler = _Compiler(self._opened, here, digest) if found.name == "tensorrt-rtx" else None
@@ -99,7 +99,7 @@ class EngineSession:
             ArtifactError: TensorRT gives none, for want of memory most often.
         """
         opened = self._opened
-        with self._opening, GATE.shared():
+        with self._opening, GATE.alone(wait=True):
             opened.log.errors.clear()
             create = self._compiler.create_context if self._compiler else opened.engine.create_execution_context
             context = create()
@@ -133,7 +133,7 @@ class EngineSession:
     def _save(self) -> None:
         self._unsaved = False
         self._saved_at = time.monotonic()
-        with self._opening:
+        with self._opening, GATE.alone(wait=True):
             if self._compiler is not None:
                 self._compiler.save()
 

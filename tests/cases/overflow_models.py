@@ -22,7 +22,7 @@ class WideLayerNorm(nn.Module):
         self.last = nn.Linear(width, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        stream = torch.relu(self.first(x)) * self.scale
+        stream = torch.relu(self.first(x) * self.scale)
         centred = stream - stream.mean(-1, keepdim=True)
         variance = (centred * centred).mean(-1, keepdim=True)
         normed = centred / torch.sqrt(variance + 1e-5)
