@@ -75,10 +75,12 @@ class Repository:
     def pytest(self, *options: str, code: int | None = None) -> str:
         path = os.pathsep.join([str(self.site), *filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)])])
         hidden = {} if self.gpu else {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        # Not what this pytest, or a worker of pytest-xdist, told its own children.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-ra", *options],
             cwd=self.path,
-            env={**os.environ, "PYTHONPATH": path, **hidden},
+            env={**environment, "PYTHONPATH": path, **hidden},
             capture_output=True,
             text=True,
             check=False,

@@ -252,6 +252,7 @@ def test_calls_follow_the_current_stream(built):
         _close(y, _wide(weights, x)[0])
 
 
+@pytest.mark.alone
 def test_a_call_does_not_wait_for_the_gpu(built):
     path = built(WIDE, ONE)
     x = _normal(8, 256)
@@ -351,6 +352,7 @@ def test_wrong_inputs_say_what_and_the_next_call_works(built):
         assert torch.equal(engine(x)["y"], expected)
 
 
+@pytest.mark.alone
 def test_out_of_memory_is_said_and_the_next_call_works(built):
     path = built(WIDE, (_rows(1, 8, 2_000_000),))
     x = _normal(8, 256)
@@ -400,6 +402,7 @@ def test_numpy_runner_and_engine_agree(built):
         np.testing.assert_allclose(engine(x)["y"].cpu().numpy(), expected["y"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.alone
 def test_memory_does_not_grow(built):
     path = built(WIDE, ONE)
     xs = [_normal(batch, 256) for batch in range(1, 21)]
@@ -425,6 +428,7 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.alone
 def test_closing_frees_the_memory(built):
     path = built(WIDE, (_rows(1, 8, 100_000),))
     x = _normal(90_000, 256)
@@ -509,6 +513,7 @@ def test_tf32_and_float32_one_after_the_other_in_one_process(tmp_path, monkeypat
 @pytest.mark.skipif(
     not gpu_present() or find_backend("auto").name != "tensorrt-rtx", reason="full TensorRT compiles nothing at load"
 )
+@pytest.mark.alone
 def test_the_second_load_is_faster_and_a_damaged_cache_is_ignored(built, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = built(CNN, ({"x": ((1, 3, 8, 8), (2, 3, 32, 32), (4, 3, 64, 64))},))
