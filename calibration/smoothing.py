@@ -4,22 +4,33 @@ x.W = (x / s).(s W) for any s > 0, one number for each input channel. A transfor
 far larger than all others, which alone decide the scale of the tensor; divided by s they do not (Xiao et al.,
 "SmoothQuant", arXiv:2211.10438, equation 4: s = max|x|**a / max|w|**(1 - a)). The division is a Mul in front of the
 QuantizeLinear, as ModelOpt's `pre_quant_scale`, which TensorRT fuses with what makes the tensor; it is exact in float
-but for rounding. Which a, and whether it pays, is computed for each tensor from both errors that it trades.
+but for rounding.
+
+Whether it pays, and with which a, is measured for each tensor (`smoothing_trial`): what quiet channels lose is the
+headroom that they have in a tensor with one scale. The outputs of a random encoder's attention, averages over the
+sequence, gain 4 dB at the length that calibration saw and lose 16 at an eighth of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from trtforge.calibration.crops import crop_sample, smallest_shapes
 from trtforge.calibration.placement import Placement, QuantizedTensor, Use
+from trtforge.calibration.ranges import Method
+from trtforge.calibration.smoothing_trial import Trial
 from trtforge.calibration.taps import Taps
 from trtforge.calibration.weights import constant_array, constant_shape, is_constant
+from trtforge.runtime.errors import ParityError
 from trtforge.runtime.graph import META_LINE, META_MODULE, META_ORIGIN, OnnxModel, load_graph
 from trtforge.runtime.runner import Tensors
+from trtforge.runtime.specs import InputSpec, Profile
 
 __all__ = ["ORIGIN", "Factors", "apply_smoothing", "measure_smoothing"]
 
@@ -30,57 +41,119 @@ Factors = Mapping[str, tuple[float, ...]]
 """What each channel (the last axis) of a tensor is divided by, by the tensor's name; float32 numbers."""
 
 _EXPONENTS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-_WORTH = 2.5
-"""Times less predicted noise (4 dB) that a Mul must give.
+_WORTH = 2.0
+"""Times less noise (3 dB) that a Mul must give: predicted, then measured, at every shape.
 
-Dividing every channel by its largest value takes the headroom that quiet channels have in a tensor with one scale:
-values beyond those seen then saturate. Without outliers the prediction still says 2 to 3.4 dB, and a random encoder
-calibrated at one length and run at others lost 5 to 10 dB. MiniLM's tensors, which have some, gain 4 to 14 dB.
+Channels that are all alike have different peaks by chance, and dividing by those is no gain but headroom lent. Of
+normal values in N rows the largest of one channel is near sqrt(2 ln N) deviations, the largest of C channels near
+sqrt(2 ln NC): chance alone promises 1 + ln C / ln N times less noise, which is at most 2 where N >= C, as is asked for.
 """
 
 Floats = NDArray[np.float64]
+Singles = NDArray[np.float32]
 
 
-def measure_smoothing(model: OnnxModel, placement: Placement, samples: Sequence[Tensors]) -> dict[str, tuple[float, ...]]:  # fmt: skip  # noqa: E501
+@dataclass(slots=True)
+class _Channels:
+    """What is known of a tensor's channels: rows seen, the largest |x| of each, and its sum of squares."""
+
+    rows: int
+    peaks: Floats
+    squares: Floats
+
+    @classmethod
+    def none(cls, width: int) -> _Channels:
+        return cls(0, np.zeros(width), np.zeros(width))
+
+    def add(self, rows: Singles) -> None:
+        self.rows += len(rows)
+        self.peaks = np.maximum(self.peaks, np.abs(rows).max(axis=0))
+        self.squares += np.sum(np.square(rows, dtype=np.float64), axis=0)
+
+
+def measure_smoothing(
+    model: OnnxModel,
+    placement: Placement,
+    samples: Sequence[Tensors],
+    method: Method = "auto",
+    *,
+    specs: Sequence[InputSpec] = (),
+    profiles: Sequence[Profile] = (),
+) -> dict[str, tuple[float, ...]]:
     """Finds the factors of every int8 tensor that only Gemm and MatMul with constant weights read in int8.
+
+    Every other sample gives peaks and ranges, and the rest judges them: as they are, and cut to the smallest shapes of
+    the profiles. What passes gets its factors from the peaks of all samples.
 
     Args:
         model: The float model that placement saw.
         placement: What is quantized.
-        samples: Run one by one. Only maxima and sums of squares over them are used.
+        samples: Run one by one, in an order that says nothing of them (`choose_samples`); none is kept.
+        method: How ranges will be chosen.
+        specs: The model's inputs.
+        profiles: The shapes that it will run at.
 
     Returns:
-        Factors of the tensors where they pay: those whose predicted output noise falls by 4 dB.
+        Factors of the tensors where they pay: where the noise of the products that read them falls by 3 dB, predicted
+        and on all that judges.
 
     Raises:
+        CalibrationError: activations that are not finite.
         ParityError: onnxruntime failed.
     """
     graph = load_graph(model.path)
     nodes = {node.name or "": node for node in graph.graph}
-    able = [tensor for tensor in placement.tensors if _smoothable(nodes, tensor)]
-    if not able or not samples:
+    weights = {
+        tensor.name: np.concatenate([_weight(nodes[use.node]) for use in tensor.uses])
+        for tensor in placement.tensors
+        if _smoothable(nodes, tensor)
+    }
+    if not weights or not samples:
         return {}
-    taps = Taps(model.path, [tensor.name for tensor in able], threads=None, provider="cpu")
-    peaks: dict[str, Floats] = {}
-    squares: dict[str, Floats] = {}
-    counts: dict[str, int] = {}
-    for feeds in samples:
-        for name, array in taps.run(feeds).items():
-            rows = array.reshape(-1, array.shape[-1]).astype(np.float64)
-            counts[name] = counts.get(name, 0) + len(rows)
-            peaks[name] = np.maximum(peaks.get(name, 0.0), np.abs(rows).max(axis=0))
-            squares[name] = squares.get(name, 0.0) + np.mean(rows * rows, axis=0) / len(samples)
+    shown, judged = samples[::2], samples[1::2]
+    seen = {name: _Channels.none(weight.shape[1]) for name, weight in weights.items()}
+    for name, rows in _tap(model, weights)(shown):
+        seen[name].add(rows)
+    trials = {
+        name: Trial(name, weights[name], _candidates(channels.peaks, weights[name]), method)
+        for name, channels in seen.items()
+        if channels.rows and _predict(channels, weights[name]) >= _WORTH
+    }
+    if not trials:
+        return {}
+    run = _tap(model, trials)
+    for name, rows in run(shown):
+        trials[name].show(rows)
+    for name, rows in run(judged):
+        seen[name].add(rows)
+        trials[name].judge(rows)
+    for kind, sizes in enumerate(smallest_shapes(specs, profiles), 1):
+        cut = [crop for feeds in judged if (crop := crop_sample(feeds, specs, sizes)) is not None]
+        # A model may not take its inputs cut (indices that point beyond them): then they say nothing.
+        with contextlib.suppress(ParityError):
+            for name, rows in run(cut):
+                trials[name].judge(rows, kind)
     found: dict[str, tuple[float, ...]] = {}
-    for tensor in able:
-        if counts[tensor.name] < len(peaks[tensor.name]):
-            # One row a sample (a classifier's head) shows too little of each channel: its largest value is not the
-            # largest of data to come, which would saturate.
-            continue
-        weights = [_weight(nodes[use.node]) for use in tensor.uses]
-        factors = _choose(peaks[tensor.name], squares[tensor.name], np.concatenate(weights))
-        if factors is not None:
-            found[tensor.name] = tuple(float(value) for value in factors)
+    for name, trial in trials.items():
+        best, gain = trial.choose()
+        # One row a sample (a classifier's head) shows too little of each channel: its largest value is not the
+        # largest of data to come, which would saturate.
+        if gain >= _WORTH and seen[name].rows >= weights[name].shape[1]:
+            factors = _candidates(seen[name].peaks, weights[name])[best]
+            found[name] = tuple(float(value) for value in factors)
     return found
+
+
+def _tap(model: OnnxModel, tensors: Iterable[str]) -> Callable[[Iterable[Tensors]], Iterator[tuple[str, Singles]]]:
+    """What gives the tensors of each sample, as rows of channels."""
+    taps = Taps(model.path, list(tensors), threads=None, provider="cpu")
+
+    def run(samples: Iterable[Tensors]) -> Iterator[tuple[str, Singles]]:
+        for feeds in samples:
+            for name, array in taps.run(feeds).items():
+                yield name, array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
+
+    return run
 
 
 def apply_smoothing(model: ir.Model, placement: Placement, factors: Factors) -> int:
@@ -153,18 +226,22 @@ def _weight(node: ir.Node) -> Floats:
     return array if _transposed(node) else array.T
 
 
-def _choose(peaks: Floats, squares: Floats, weights: Floats) -> Floats | None:
-    """The factors with the least predicted noise; None where they do not pay."""
+def _candidates(peaks: Floats, weights: Floats) -> list[Floats]:
+    """Factors of every exponent, float32 numbers whose geometric mean is 1."""
     largest = np.abs(weights).max(axis=0)
     if not (peaks.max() > 0 and largest.max() > 0):
-        return None
+        return [np.ones_like(peaks) for _ in _EXPONENTS]
     # A channel that is never seen, or has no weight, must not get a factor of 0 or a huge one.
     peaks, largest = np.maximum(peaks, peaks.max() * 1e-4), np.maximum(largest, largest.max() * 1e-4)
     candidates = [peaks**exponent / largest ** (1 - exponent) for exponent in _EXPONENTS]
-    candidates = [(s / np.exp(np.log(s).mean())).astype(np.float32).astype(np.float64) for s in candidates]
-    noises = [_noise(peaks / s, squares / (s * s), weights * s) for s in candidates]
-    best = int(np.argmin(noises))
-    return candidates[best] if noises[best] * _WORTH <= _noise(peaks, squares, weights) else None
+    return [(s / np.exp(np.log(s).mean())).astype(np.float32).astype(np.float64) for s in candidates]
+
+
+def _predict(channels: _Channels, weights: Floats) -> float:
+    """How many times less noise the best candidate leaves, by ranges of the largest value; 0.0 without signal."""
+    peaks, squares = channels.peaks, channels.squares / channels.rows
+    least = min(_noise(peaks / s, squares / (s * s), weights * s) for s in _candidates(peaks, weights))
+    return _noise(peaks, squares, weights) / least if least > 0 else 0.0
 
 
 def _noise(peaks: Floats, squares: Floats, weights: Floats) -> float:

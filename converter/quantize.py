@@ -150,7 +150,11 @@ def prepare(
         stages.note("weights get their nearest codes: the calibration data is an iterator, which can be read only once")
         return plain
     samples = choose_samples(reference, read_batches(source, specs, config.profiles, calibration.batches))
-    factors = measure_smoothing(reference, placement, samples) if calibration.smoothing else {}
+    if not calibration.smoothing:
+        return replace(plain, samples=samples)
+    factors = measure_smoothing(
+        reference, placement, samples, calibration.method, specs=specs, profiles=config.profiles
+    )
     if not factors:
         return replace(plain, samples=samples)
     graph, smooth = _smooth(reference, plan, placement, factors)

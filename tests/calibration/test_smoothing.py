@@ -15,12 +15,13 @@ from trtforge.calibration.collect import collect
 from trtforge.calibration.placement import Placement, quantizable_tensors
 from trtforge.calibration.probe import choose_samples
 from trtforge.calibration.qdq import insert_qdq
-from trtforge.calibration.smoothing import ORIGIN, apply_smoothing, measure_smoothing
+from trtforge.calibration.smoothing import ORIGIN, _Channels, _predict, _weight, apply_smoothing, measure_smoothing
 from trtforge.runtime.graph import META_ORIGIN, OnnxModel, load_graph, save_graph
 from trtforge.runtime.precision import PrecisionPlan
+from trtforge.runtime.specs import DimRange, InputSpec
 
 # Two products read the normalized tensor, a residual Add does too, and one reads what is behind an activation.
-NETWORK = """(float[n, 6, 16] x) => (float[n, 6, 16] y) {
+NETWORK = """(float[n, 48, 16] x) => (float[n, 48, 16] y) {
     a = LayerNormalization(x, gamma, beta)
     q = MatMul(a, w1)
     k = MatMul(a, w2)
@@ -40,7 +41,7 @@ def prepare(parse_graph: Callable[..., ir.Model], path: Path, outlier: float) ->
     model = save_graph(parse_graph(NETWORK, weights), path)
     placement = quantizable_tensors(load_graph(model.path), PLAN)
     rng = np.random.default_rng(0)
-    return model, placement, [{"x": rng.standard_normal((1, 6, 16)).astype(np.float32)} for _ in range(32)]
+    return model, placement, [{"x": rng.standard_normal((1, 48, 16)).astype(np.float32)} for _ in range(32)]
 
 
 @pytest.fixture
@@ -81,6 +82,75 @@ def test_even_channels_are_left(parse_graph: Callable[..., ir.Model], tmp_path: 
     assert "a" not in measure_smoothing(model, placement, samples)
 
 
+def test_a_gain_that_is_only_predicted_is_left(parse_graph: Callable[..., ir.Model], tmp_path: Path) -> None:
+    """Peaks of a long tail are chance: other rows have them in other channels, and `auto` clips them anyway."""
+    graph = parse_graph("(float[n, 32, 256] x) => (float[n, 32, 64] y) { y = MatMul(x, w) }", {"w": (256, 64)})
+    model = save_graph(graph, tmp_path / "m.onnx")
+    placement = quantizable_tensors(load_graph(model.path), PLAN)
+    rng = np.random.default_rng(0)
+    samples = [{"x": (rng.standard_normal((1, 32, 256)) ** 3).astype(np.float32)} for _ in range(32)]
+    channels = _Channels.none(256)
+    channels.add(np.concatenate([sample["x"][0] for sample in samples]))
+    assert _predict(channels, _weight(next(iter(load_graph(model.path).graph)))) > 2
+    assert measure_smoothing(model, placement, samples) == {}
+
+
+def averages(parse_graph: Callable[..., ir.Model], path: Path) -> Prepared:
+    """What attention does at random weights: averages over a sequence, which are larger over a shorter one."""
+    axis = np.array([1], np.int64)
+    text = "(float[n, s, 16] x) => (float[n, 1, 16] y) { a = ReduceMean(x, axis)  y = MatMul(a, w) }"
+    model = save_graph(parse_graph(text, {"axis": axis, "w": (16, 16)}), path)
+    rng = np.random.default_rng(0)
+    samples = [{"x": rng.standard_normal((1, 64, 16)).astype(np.float32)} for _ in range(64)]
+    for sample in samples:
+        sample["x"][..., 3] += 8  # an outlier that no length makes larger
+    return model, quantizable_tensors(load_graph(model.path), PLAN), samples
+
+
+def test_a_gain_at_the_length_of_the_data_alone_is_left(parse_graph: Callable[..., ir.Model], tmp_path: Path) -> None:
+    prepared = averages(parse_graph, tmp_path / "m.onnx")
+    specs = [InputSpec("x", "float32", ("n", "s", 16))]
+    assert "a" in measure_smoothing(*prepared)
+    for shortest, found in ((64, {"a"}), (4, set())):
+        profiles = [{"n": DimRange(1, 1, 8), "s": DimRange(shortest, 64, 64)}]
+        assert set(measure_smoothing(*prepared, specs=specs, profiles=profiles)) == found
+
+
+def test_a_model_that_does_not_take_its_inputs_cut(parse_graph: Callable[..., ir.Model], tmp_path: Path) -> None:
+    weights = {"last": np.array([47], np.int64), "gamma": np.full(16, 1, np.float32), "w": (16, 16)}
+    weights["gamma"][3] = 60
+    text = """(float[n, s, 16] x) => (float[n, s, 16] y) {
+        l = Gather<axis = 1>(x, last)
+        m = Mul(x, gamma)
+        a = Add(m, l)
+        y = MatMul(a, w)
+    }"""
+    model = save_graph(parse_graph(text, weights), tmp_path / "m.onnx")
+    rng = np.random.default_rng(0)
+    samples = [{"x": rng.standard_normal((1, 48, 16)).astype(np.float32)} for _ in range(32)]
+    placement = quantizable_tensors(load_graph(model.path), PLAN)
+    specs, profiles = [InputSpec("x", "float32", ("n", "s", 16))], [{"s": DimRange(2, 48, 48)}]
+    assert "a" in measure_smoothing(model, placement, samples, specs=specs, profiles=profiles)
+
+
+def test_factors_are_the_same_for_any_batches_and_order(outliers: Prepared) -> None:
+    model, placement, samples = outliers
+    data = np.concatenate([sample["x"] for sample in samples])
+    specs, profiles = [InputSpec("x", "float32", ("n", 48, 16))], [{"n": DimRange(1, 8, 32)}]
+    found = [
+        measure_smoothing(
+            model,
+            placement,
+            choose_samples(model, [{"x": part} for part in np.split(order, parts)]),
+            specs=specs,
+            profiles=profiles,
+        )
+        for order, parts in ((data, 32), (data, 4), (data, 1), (data[::-1], 4))
+    ]
+    assert found[0]
+    assert all(factors == found[0] for factors in found[1:])
+
+
 def test_uses_in_float_keep_tensor_and_weight(outliers: Prepared) -> None:
     model, placement, samples = outliers
     factors = measure_smoothing(model, placement, samples)
@@ -95,7 +165,7 @@ def test_constants_of_nothing_and_no_samples(outliers: Prepared) -> None:
     model, placement, _ = outliers
     assert measure_smoothing(model, placement, []) == {}
     assert measure_smoothing(model, Placement(), [{}]) == {}
-    zeros = [{"x": np.zeros((1, 6, 16), np.float32)}]
+    zeros = [{"x": np.zeros((1, 48, 16), np.float32)}]
     assert measure_smoothing(model, placement, zeros) == {}
 
 
