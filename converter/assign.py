@@ -214,13 +214,31 @@ def _unfit(node: ir.Node, slot: int, precision: Precision) -> str:
         return _too_large(f"its constant {value.name}", worst, precision)
     if precision != "fp16":
         return ""  # bfloat16 reaches as far down as float32
-    if 0 < worst < _VANISHING:
+    if 0 < worst < _VANISHING and not _is_bias(node, slot):
         return f"its constant {value.name} is at most {worst:.6g}, fp16 has no digits below {_VANISHING:.3g}"
     if node.op_type in ("QuantizeLinear", "DequantizeLinear") and slot == 1:
         smallest = float(np.abs(tensor.numpy()).min(initial=np.inf))
         if smallest < _SMALLEST_NORMAL:
             return f"its scale {value.name} goes down to {smallest:.6g}, fp16 loses digits below {_SMALLEST_NORMAL:.3g}"
     return ""
+
+
+_BIASED = frozenset({"BatchNormalization", "Conv", "ConvTranspose", "Gemm", "GroupNormalization", "LayerNormalization"})
+
+
+def _is_bias(node: ir.Node, slot: int) -> bool:
+    """Whether the input is added to sums of products, whose results in fp16 are no finer than what it loses there.
+
+    Convolutions that a BatchNorm was folded into have such ones: 1e-8, where training left a mean of nothing. Other
+    constants that are added stay, since they keep divisors off zero. Results that all vanish are found by measuring.
+    """
+    if node.domain:
+        return False
+    if node.op_type == "Add":
+        other = node.inputs[1 - slot]
+        producer = None if other is None else other.producer()
+        return producer is not None and not producer.domain and producer.op_type == "MatMul"
+    return slot == 2 and node.op_type in _BIASED
 
 
 _CARRYING = frozenset({"Expand", "Identity", "Reshape", "Sqrt", "Squeeze", "Transpose", "Unsqueeze"})

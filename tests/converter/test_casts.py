@@ -202,6 +202,22 @@ def test_a_constant_that_would_vanish_keeps_its_node() -> None:
         assert by_op(apply_plan(model_of(text, eps=np.float32(eps)), plan))["Add"].precision == precision
 
 
+@pytest.mark.parametrize(
+    ("text", "op"),
+    [
+        ("y = Gemm(x, w, b)", "Gemm"),
+        ("m = MatMul(x, w) y = Add(m, b)", "Add"),
+        ("m = MatMul(x, w) y = Add(b, m)", "Add"),
+    ],
+)
+def test_a_bias_that_vanishes_does_not(text: str, op: str) -> None:
+    weight, bias = np.eye(2, dtype=np.float32), np.full(2, 1e-8, np.float32)
+    model = model_of(f"g (float[n,2] x) => (float[n,2] y) {{ {text} }}", w=weight, b=bias)
+    assert by_op(apply_plan(model, PrecisionPlan("fp16")))[op].precision == "fp16"
+    x = np.array([[1, 6e-8]], np.float32)  # half precision's smallest number is no coarser
+    np.testing.assert_allclose(run_model(model, {"x": x})["y"], x + bias, atol=6e-8)
+
+
 def test_a_division_that_only_a_vanishing_constant_saves_keeps_to_float32() -> None:
     text = "g (float[n,4] x) => (float[n,4] y) { r = ReduceL2(x, axes) c = Clip(r, eps) s = Shape(x) e = Expand(c, s) y = Div(x, e) }"  # noqa: E501
     for eps, precision in ((1e-12, "fp32"), (1e-3, "fp16")):
