@@ -26,6 +26,7 @@ from trtforge.converter.dims import merge_profiles, rename_dims
 from trtforge.converter.export_errors import explain_capture, explain_translation, frozen_dimension
 from trtforge.converter.guards import find_guards
 from trtforge.converter.identity import WRAPPER, identify
+from trtforge.converter.patches import multiply_patches
 from trtforge.converter.signature import ExampleInputs, name_outputs
 from trtforge.converter.unsupported import rewrite
 from trtforge.converter.values import name_values
@@ -153,6 +154,8 @@ def write_program(
     _name_dims(model, example)
     rewrite(model, rewritten)
     clean(model)
+    if multiply_patches(model):
+        clean(model)
     identify(model)
     return save_graph(model, folder / "reference.onnx")
 
