@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from trtforge.runtime.errors import ArtifactError
-from trtforge.runtime.publish import hash_bytes, hash_file
+from trtforge.runtime.publish import hash_bytes, hash_file, hash_part
 
 __all__ = ["DIGEST", "MANIFEST", "SCHEMA", "FileEntry", "Manifest", "Status", "read_manifest", "write_manifest"]
 
@@ -23,9 +24,10 @@ DIGEST = "manifest.sha256"
 
 Status = Literal["validated", "built", "portable", "failed"]
 _ATTEMPTS = 5
-_THREADS = 8
-"""Files hashed at a time: hashlib lets other threads run, and an artifact has two or three large files."""
-_LARGE_BYTES = 8 << 20
+_THREADS = 16
+"""Parts hashed at a time, at most: hashlib lets other threads run."""
+_PART_BYTES = 16 << 20
+"""Files larger than this are hashed in parts as well, so that all processors check them side by side."""
 _SETTLED_NS = 2_000_000_000
 """Of a file that changed later than this before it was hashed, a further change may not show in its times."""
 _REFUSED = "make the artifact again, or copy it again from where it was whole"
@@ -33,10 +35,45 @@ _REFUSED = "make the artifact again, or copy it again from where it was whole"
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """SHA-256 in hex and size in bytes of one file."""
+    """One file.
+
+    Attributes:
+        sha256: Of the whole, in hex.
+        size: In bytes.
+        parts: SHA-256 of each `_PART_BYTES` of a large one, in order; the check goes by these where there are any.
+    """
 
     sha256: str
     size: int
+    parts: tuple[str, ...] = ()
+
+    @classmethod
+    def of_file(cls, path: Path) -> FileEntry:
+        """Reads and hashes a file."""
+        size = path.stat().st_size
+        if size <= _PART_BYTES:
+            return cls(hash_file(path), size)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            whole = pool.submit(hash_file, path)
+            parts = pool.map(lambda offset: hash_part(path, offset, _PART_BYTES), range(0, size, _PART_BYTES))
+            return cls(whole.result(), size, tuple(parts))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> FileEntry:
+        """Reads what `to_json` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        entry = cls(str(data["sha256"]), int(data["size"]), tuple(map(str, data.get("parts", ()))))
+        if entry.parts and len(entry.parts) != -(-entry.size // _PART_BYTES):
+            raise ValueError(f"parts of a file of {entry.size} bytes: it names {len(entry.parts)}")
+        return entry
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest holds it."""
+        data: dict[str, Any] = {"sha256": self.sha256, "size": self.size}
+        return {**data, "parts": list(self.parts)} if self.parts else data
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +92,13 @@ class Manifest:
 
 def write_manifest(folder: Path, status: Status, name: str, facts: Mapping[str, Any]) -> Manifest:
     """Hashes every file in `folder` and writes the manifest and its digest beside them."""
-    files = {path: FileEntry(hash_file(folder / path), (folder / path).stat().st_size) for path in _files_in(folder)}
+    files = {path: FileEntry.of_file(folder / path) for path in _files_in(folder)}
     data: dict[str, Any] = {
         "schema": SCHEMA,
         "status": status,
         "name": name,
         **facts,
-        "files": {path: {"sha256": entry.sha256, "size": entry.size} for path, entry in files.items()},
+        "files": {path: entry.to_json() for path, entry in files.items()},
     }
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
@@ -108,7 +145,7 @@ def _read(folder: Path, check_files: bool, known: Manifest | None) -> Manifest:
             fix="use the trtforge that made it, or convert again",
         )
     try:
-        files = {str(path): FileEntry(str(e["sha256"]), int(e["size"])) for path, e in data["files"].items()}
+        files = {str(path): FileEntry.from_json(entry) for path, entry in data["files"].items()}
         status, name = data["status"], str(data["name"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{folder / MANIFEST} lacks {error}", fix=_REFUSED) from error
@@ -153,40 +190,65 @@ def _check_files(
     for path in files:
         if path not in present:
             raise ArtifactError(f"{folder / path} is missing", fix=_REFUSED)
-    stamps = {
-        path: _check_file(folder / path, files[path], known.get(path)) for path in files if not _is_large(files[path])
-    }
-    if large := [path for path in files if _is_large(files[path])]:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            checks = {path: pool.submit(_check_file, folder / path, files[path], known.get(path)) for path in large}
-            stamps |= {path: check.result() for path, check in checks.items()}
+    # Threads for small files would cost a reader time in which another process may publish the artifact anew.
+    pool = ThreadPoolExecutor(_THREADS) if any(entry.parts for entry in files.values()) else None
+    try:
+        # All parts of all large files are under way before the first is waited for.
+        checks = {path: _Check(folder / path, files[path], known.get(path), pool) for path in files}
+        stamps = {path: check.finish() for path, check in checks.items()}
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
     return {path: stamp for path, stamp in stamps.items() if stamp}
 
 
-def _is_large(entry: FileEntry) -> bool:
-    # Threads for small files would cost a reader time in which another process may publish the artifact anew.
-    return entry.size > _LARGE_BYTES
+class _Check:
+    """Whether a file is the one that its entry says; parts of a large one are hashed in the pool meanwhile."""
 
+    def __init__(
+        self, path: Path, entry: FileEntry, known: tuple[int, ...] | None, pool: ThreadPoolExecutor | None
+    ) -> None:
+        self._path, self._entry = path, entry
+        self._parts: list[Future[str]] = []
+        with self._readable():
+            self._stamp, self._size = _stamp(path), path.stat().st_size
+        self._known = bool(self._stamp) and self._stamp == known
+        if pool is not None and entry.parts and not self._known and self._size == entry.size:
+            offsets = range(0, entry.size, _PART_BYTES)
+            self._parts = [pool.submit(hash_part, path, offset, _PART_BYTES) for offset in offsets]
 
-def _check_file(path: Path, entry: FileEntry, known: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The stamp of a file that is the one that its entry says."""
-    try:
-        stamp = _stamp(path)
-        if stamp and stamp == known:
-            return stamp
-        size = path.stat().st_size
-        same = size == entry.size and hash_file(path) == entry.sha256
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
-    if not same:
-        raise ArtifactError(
-            f"{path} was altered",
-            why=f"it has {size} bytes, the manifest says {entry.size}"
-            if size != entry.size
-            else f"its SHA-256 is not {entry.sha256[:16]}…, which the manifest says",
-            fix=_REFUSED,
-        )
-    return stamp
+    def finish(self) -> tuple[int, ...]:
+        """The file's stamp.
+
+        Raises:
+            ArtifactError: it is another file, or cannot be read.
+        """
+        if self._known:
+            return self._stamp
+        size, entry = self._size, self._entry
+        with self._readable():
+            same = size == entry.size and self._holds()
+        if not same:
+            raise ArtifactError(
+                f"{self._path} was altered",
+                why=f"it has {size} bytes, the manifest says {entry.size}"
+                if size != entry.size
+                else f"its SHA-256 is not {entry.sha256[:16]}…, which the manifest says",
+                fix=_REFUSED,
+            )
+        return self._stamp
+
+    def _holds(self) -> bool:
+        if self._parts:
+            return tuple(part.result() for part in self._parts) == self._entry.parts
+        return hash_file(self._path) == self._entry.sha256
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ArtifactError(f"cannot read {self._path}: {error.strerror or error}") from error
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

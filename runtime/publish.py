@@ -21,6 +21,7 @@ __all__ = [
     "discard_folder",
     "hash_bytes",
     "hash_file",
+    "hash_part",
     "publish_folder",
     "staging_folder",
     "sweep_stale",
@@ -44,6 +45,18 @@ def hash_file(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_part(path: Path, offset: int, size: int) -> str:
+    """SHA-256 in hex of `size` bytes of a file from `offset` on, or of those that are there."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(min(size, 1 << 20)))
+        while size and (count := file.readinto(buffer[: min(size, len(buffer))])):
+            digest.update(buffer[:count])
+            size -= count
     return digest.hexdigest()
 
 

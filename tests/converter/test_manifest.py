@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -49,6 +50,24 @@ def test_every_single_byte_counts(folder: Path) -> None:
                 read_manifest(folder)
         path.write_bytes(data)
     read_manifest(folder)
+
+
+def test_large_files_are_checked_in_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = read_manifest(folder).files["model.engine"]
+    monkeypatch.setattr(manifests, "_PART_BYTES", 128)
+    assert read_manifest(folder).files["model.engine"] == before  # written without parts, as older ones are
+    entry = write_manifest(folder, "built", "model", {}).files["model.engine"]
+    data = (folder / "model.engine").read_bytes()
+    assert entry.sha256 == before.sha256 == hash_bytes(data)
+    assert entry.parts == tuple(hash_bytes(data[start : start + 128]) for start in range(0, 400, 128))
+    test_every_single_byte_counts(folder)
+    text = json.loads((folder / "manifest.json").read_text())
+    text["files"]["model.engine"]["parts"].pop()
+    raw = json.dumps(text)
+    (folder / "manifest.json").write_text(raw)
+    (folder / "manifest.sha256").write_text(hash_bytes(raw.encode()) + "\n")
+    with pytest.raises(ArtifactError, match="parts of a file of 400 bytes: it names 3"):
+        read_manifest(folder)
 
 
 def test_added_removed_truncated_or_foreign(folder: Path, tmp_path: Path) -> None:
