@@ -164,7 +164,7 @@ class _Rules:
             worst = largest_magnitude(node.attributes["value"].as_tensor())
             if worst > largest_value(dtype):
                 return _keep(node, "fp32", "overflow", _too_large("its value", worst, precision))
-        if precision == "fp16" and (reason := _divides_by_nothing(node)):
+        if precision == "fp16" and (reason := _meets_zero(node)):
             return self._clamped(_keep(node, "fp32", "overflow", reason), node)
         clamps = []
         for slot in sorted(inputs):
@@ -244,12 +244,13 @@ def _is_bias(node: ir.Node, slot: int) -> bool:
 _CARRYING = frozenset({"Expand", "Identity", "Reshape", "Sqrt", "Squeeze", "Transpose", "Unsqueeze"})
 
 
-def _divides_by_nothing(node: ir.Node) -> str:
-    """Why a division, or what leads to it, needs float32: what keeps the divisor off zero would become zero itself.
+def _meets_zero(node: ir.Node) -> str:
+    """Why a division or a logarithm, or what leads to it, needs float32: what keeps it off zero would become zero.
 
-    As in `normalize(x)` = x / max(|x|, 1e-12): for the zero rows of padded windows (Swin V2) that is 0 / 0 in fp16.
+    As in `normalize(x)` = x / max(|x|, 1e-12): for the zero rows of padded windows (Swin V2) that is 0 / 0 in fp16. Or
+    in `log(power + 1e-10)` of a spectrum, which is -inf in silence.
     """
-    if node.domain or node.op_type not in ("Div", "Reciprocal", *_CARRYING):
+    if node.domain or node.op_type not in ("Div", "Log", "Reciprocal", *_CARRYING):
         return ""
     value = node.inputs[0 if node.op_type in _CARRYING else -1]
     while value is not None and (producer := value.producer()) is not None and not producer.domain:
@@ -257,7 +258,7 @@ def _divides_by_nothing(node: ir.Node) -> str:
             tensors = (constant_tensor(guard) for guard in producer.inputs)
             sizes = [largest_magnitude(tensor) for tensor in tensors if tensor is not None]
             guard = next((size for size in sizes if 0 < size < _VANISHING), None)
-            return "" if guard is None else f"{guard:.6g} keeps a divisor off zero, and fp16 takes that for 0"
+            return "" if guard is None else f"{guard:.6g} keeps what it takes off zero, and fp16 takes that for 0"
         if producer.op_type not in _CARRYING:
             return ""
         value = producer.inputs[0]

@@ -146,7 +146,8 @@ def _checks(node: ir.Node, decision: Decision, masks: set[ir.Value]) -> Iterator
         return
     slots = [("input", node.inputs[slot]) for slot in sorted(decision.inputs)]
     if node.op_type not in _BOUNDED:
-        slots += [("output", node.outputs[slot]) for slot in sorted(decision.outputs)]
+        # An optional result that is left out has no name (the first of an LSTM, often).
+        slots += [("output", node.outputs[slot]) for slot in sorted(decision.outputs) if node.outputs[slot].name]
     for side, value in slots:
         probes = tuple(_magnitude(value, masks)) if value is not None else ()
         if value is not None and probes:

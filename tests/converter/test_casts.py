@@ -230,6 +230,16 @@ def test_a_division_that_only_a_vanishing_constant_saves_keeps_to_float32() -> N
         assert (zero == 0).all()  # in half precision with 1e-12 it was 0 / 0
 
 
+def test_a_logarithm_that_only_a_vanishing_constant_saves_keeps_to_float32() -> None:
+    text = "g (float[n] x) => (float[n] y) { p = Mul(x, x) a = Add(p, eps) y = Log(a) }"
+    for eps, precision in ((1e-10, "fp32"), (1e-3, "fp16")):
+        model = model_of(text, eps=np.float32(eps))
+        decisions = by_op(apply_plan(model, PrecisionPlan("fp16")))
+        assert {decisions[op].precision for op in ("Add", "Log")} == {precision}
+        silence = run_model(model, {"x": np.zeros(1, np.float32)})["y"]
+        np.testing.assert_allclose(silence, np.log(eps), rtol=1e-3)  # in half precision with 1e-10 it was -inf
+
+
 def test_scales_below_the_normal_range_keep_their_node() -> None:
     text = "g (int8[n,2] x) => (float[n,2] y) { y = DequantizeLinear<axis = 1>(x, s) }"
     for smallest, precision in ((1e-5, "fp32"), (1e-4, "fp16")):
