@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from trtforge.converter.config import (
     parse_search,
     resolve_target,
 )
+from trtforge.converter.network import with_network
 from trtforge.converter.pipeline import LiveData, run_pipeline
 from trtforge.converter.progress import OnEvent, Stages, ignore_events
 from trtforge.converter.schema import AccuracySection, SearchSection, TargetSection
@@ -54,6 +55,8 @@ def convert(
     inputs: Mapping[str, Sequence[int | str | None]] | None = None,
     outputs: Sequence[str] = (),
     custom_ops: Mapping[Any, Any] | None = None,
+    network: str | Callable[..., Any] | None = None,
+    network_kwargs: Mapping[str, Any] | None = None,
     calibration: object | None = None,
     calibration_method: Method = "auto",
     smoothing: bool = True,
@@ -89,6 +92,10 @@ def convert(
             example's size. Inputs left out are static.
         outputs: Names for the outputs; by default the keys and fields of what the model returns.
         custom_ops: For operators of your own (`torch.library`): `{operator or "namespace::name": onnxscript function}`.
+        network: A function (or `package.module:function`) that defines the engine's network by TensorRT's own API,
+            called as `function(network, trt, **network_kwargs)` in another process; the model is what it has to equal.
+            It returns what holds its weights, or None. Needs a GPU: only running such an engine proves it.
+        network_kwargs: What the function is called with; JSON-able.
         calibration: Data for int8 and fp8 ranges: a DataLoader, Dataset, or any re-iterable of batches.
         calibration_method: "auto", "entropy", "percentile", "mse" or "max".
         smoothing: int8: move outliers of matrix products' inputs into the weights, where that pays.
@@ -122,7 +129,7 @@ def convert(
     config = ConversionConfig(
         name=place.name,
         model=place.name,
-        source=_source(model),
+        source=with_network(_source(model), network, network_kwargs),
         profiles=parse_profiles(dims or {}),
         outputs=tuple(outputs),
         plan=plan,

@@ -65,13 +65,20 @@ class Loader:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a model comes from: one of `factory`, `onnx`, `exported_program`, or none (a live module from Python)."""
+    """Where a model comes from: one of `factory`, `onnx`, `exported_program`, or none (a live module from Python).
+
+    Attributes:
+        network: The function that defines the engine's network by TensorRT's API; the model is then its reference.
+        network_kwargs: What it is called with, beside the network and TensorRT's module; JSON-able.
+    """
 
     factory: str | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
     onnx: Path | None = None
     exported_program: Path | None = None
+    network: str | None = None
+    network_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,7 +476,13 @@ def _source(section: SourceSection, folder: Path) -> Source:
         return None if text is None else folder / Path(text).expanduser()
 
     return Source(
-        section.factory, section.kwargs, path(section.checkpoint), path(section.onnx), path(section.exported_program)
+        section.factory,
+        section.kwargs,
+        path(section.checkpoint),
+        path(section.onnx),
+        path(section.exported_program),
+        section.network,
+        section.network_kwargs,
     )
 
 

@@ -141,6 +141,7 @@ def publish_proved(
     status: Status = "failed" if failed else _status(proof, facts["graphs"], engine if engine.exists() else None)
     if failed is None:
         _require_accuracy(facts)
+        _require_run(status, facts)
     write_reports(folder, name, status, {**facts, **(extras or {})}, proof, golden, failed)
     manifest = write_manifest(folder, status, name, facts)
     publish_folder(folder, target)
@@ -173,6 +174,16 @@ def engine_facts(engine: BuiltEngine, *, tf32: bool) -> dict[str, Any]:
         "tf32": tf32,
         "warnings": list(engine.warnings),
     }
+
+
+def _require_run(status: Status, facts: Mapping[str, Any]) -> None:
+    network = facts["source"].get("network")
+    if network is not None and status != "validated":
+        raise ParityError(
+            f"the engine of {network} has not run",
+            why="no ONNX is proved in its place: nothing says that the network equals the model",
+            fix="convert on a machine with a GPU that the backend runs on",
+        )
 
 
 def _require_accuracy(facts: Mapping[str, Any]) -> None:
@@ -277,6 +288,8 @@ def _calibration_facts(package: Package) -> dict[str, Any] | None:
 def _source_facts(package: Package) -> dict[str, Any]:
     source, loaded = package.config.source, package.loaded
     facts: dict[str, Any] = {"hash": loaded.source_hash, "checkpoint_sha256": loaded.checkpoint_hash}
+    if source.network:
+        facts |= {"network": source.network, "network_kwargs": json.loads(json.dumps(dict(source.network_kwargs)))}
     if source.factory:
         facts |= {"factory": source.factory, "kwargs": json.loads(json.dumps(dict(source.kwargs), default=str))}
     for kind in ("checkpoint", "onnx", "exported_program"):

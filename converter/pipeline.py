@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trtforge.converter.artifact import ENGINE, FAILED_SUFFIX, MODEL, PROOF, Artifact
 from trtforge.converter.config import Calibration, ConversionConfig
 from trtforge.converter.data import read_data
+from trtforge.converter.network import check_network, network_source
 from trtforge.converter.package import Package, publish_package
 from trtforge.converter.profiles import engine_profiles, engine_values
 from trtforge.converter.progress import Stages
@@ -81,6 +82,8 @@ def run_pipeline(
     _check_tf32(config.plan)
     check_replaceable(target)  # rather now than after an hour's work
     backend = find_buildable(config, stages)
+    if config.source.network is not None:
+        check_network(config, backend is not None and _runs_here(backend))
     with staging_folder(target.parent) as staging:
         folder, work = staging / "artifact", staging / "work"
         folder.mkdir()
@@ -251,7 +254,8 @@ class _Run:
         return prove_onnx(reference, bench, stage="export", precision="fp32", used=used, tolerance=tolerance)
 
     def _guard(self, plan: PrecisionPlan, reference: OnnxModel, bench: Bench) -> PrecisionPlan:
-        if "fp16" not in (plan.float_default, *(rule.precision for rule in plan.rules)):
+        floats = (plan.float_default, *(rule.precision for rule in plan.rules))
+        if "fp16" not in floats or self.config.source.network is not None:
             return plan  # bfloat16 has float32's range
         from trtforge.converter.overflow import overflow_rules
 
@@ -263,6 +267,8 @@ class _Run:
     def _cast(
         self, plan: PrecisionPlan, reference: OnnxModel, quantization: Quantization | None, place: Path
     ) -> tuple[OnnxModel, set[Precision], PrecisionPlan]:
+        if self.config.source.network is not None:
+            return reference, {plan.float_default}, plan  # the network's own types are what they are
         if quantization is None and plan.float_default in ("fp32", "tf32") and not plan.rules:
             return reference, {plan.float_default}, plan
         from trtforge.converter.carry import carry
@@ -351,6 +357,7 @@ class _Run:
             tf32=(plan or self.config.plan).float_default == "tf32",
             compute_capabilities=target.compute_capabilities,
             options=target.options,
+            network=network_source(self.config),
         )
         built = build_engine(request, on_event=self.stages.forward)
         wanted = {(s.name, s.dtype) for s in (*model.inputs, *model.outputs)}
@@ -358,8 +365,12 @@ class _Run:
         if wanted != got:
             raise BuildError(
                 f"the engine's inputs and outputs are {sorted(got)}, the model's are {sorted(wanted)}",
-                why="TensorRT changed a name or type while it parsed",
-                fix="give such outputs another dtype in the model",
+                why="TensorRT changed a name or type while it parsed"
+                if request.network is None
+                else f"the network of {request.network.reference} is compared with the model by name and type",
+                fix="give such outputs another dtype in the model"
+                if request.network is None
+                else "name the network's tensors as the model's are (`outputs` renames those), and cast outputs",
             )
         return built
 

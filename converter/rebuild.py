@@ -49,6 +49,11 @@ def build_artifact(path: Path, *, stages: Stages, output: Path | None = None, ba
         artifact = open_artifact(path)
         if artifact.status == "failed":
             raise ArtifactError(f"{path} failed its proof and is never built", fix=f"trtforge bisect {path}")
+        if network := artifact.facts["source"].get("network"):
+            raise ArtifactError(
+                f"the engine of {path} was built from the network of {network}, which the artifact does not hold",
+                fix="convert the model again on this machine",
+            )
         golden = GoldenSet.load(path / PROOF)
         graph = load_graph(artifact.model)
         model = describe_model(graph, artifact.model)

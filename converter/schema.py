@@ -36,13 +36,18 @@ class Section(BaseModel):
 
 
 class SourceSection(Section):
-    """Where the model comes from: exactly one of `factory`, `onnx` and `exported_program`."""
+    """Where the model comes from: exactly one of `factory`, `onnx` and `exported_program`.
+
+    With `network`, the engine is built from what that function defines, and the model is what it has to equal.
+    """
 
     factory: Reference | None = None
     kwargs: dict[str, Any] = {}
     checkpoint: str | None = None
     onnx: str | None = None
     exported_program: str | None = None
+    network: Reference | None = None
+    network_kwargs: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _one_source(self) -> SourceSection:
@@ -51,6 +56,10 @@ class SourceSection(Section):
             raise ValueError(f"give exactly one of factory, onnx and exported_program, not {given or 'none'}")
         if self.factory is None and (self.kwargs or self.checkpoint):
             raise ValueError("kwargs and checkpoint go with a factory only")
+        if self.network_kwargs and self.network is None:
+            raise ValueError("network_kwargs go with a network only")
+        if self.network is not None and self.onnx is not None:
+            raise ValueError("a network is proved against PyTorch: give the factory of that model, not an ONNX file")
         return self
 
 

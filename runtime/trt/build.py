@@ -20,6 +20,7 @@ from trtforge.runtime.trt import failures
 from trtforge.runtime.trt.backend import Backend, find_backend, import_backend
 from trtforge.runtime.trt.header import read_rtx_header
 from trtforge.runtime.trt.messages import BuildLog, make_logger
+from trtforge.runtime.trt.network import NetworkSource, define_network
 from trtforge.runtime.trt.onnx_scan import OnnxScan, scan_onnx
 from trtforge.runtime.trt.options import DEFAULT_BUILD, BuildOptions, check_options, set_options
 from trtforge.runtime.trt.parse import (
@@ -52,6 +53,7 @@ class BuildRequest:
         compute_capabilities: Targets of an engine built ahead of time ("8.9"); empty: this GPU, or the backend's
             portable default without one.
         options: Switches of the builder.
+        network: What defines the network in place of the ONNX file, which then only says what it has to equal.
     """
 
     onnx: Path
@@ -62,6 +64,7 @@ class BuildRequest:
     compute_capabilities: tuple[str, ...] = ()
     options: BuildOptions = DEFAULT_BUILD
     values: tuple[Mapping[str, Shapes], ...] = ()
+    network: NetworkSource | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +132,12 @@ def build_engine(request: BuildRequest, on_event: OnEvent | None = None) -> Buil
         "tf32": request.tf32,
         "targets": targets,
         "options": request.options.to_json(),
+        "network": request.network and request.network.to_json(),
     }
     try:
         answer = run_child("trt.build", args, on_event=watch)
         if "failure" in answer:
-            raise _failure(backend, request.onnx, answer["failure"], scan)
+            raise _failure(backend, request, answer["failure"], scan)
         capabilities = _built_for(backend, partial)
         _move(partial, request.engine)
     except ChildCrashError as error:
@@ -178,13 +182,17 @@ def build_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
             fix="check the GPU and its driver with nvidia-smi, or use another release of the backend",
         ) from error
     network = builder.create_network(_creation_flags(trt, backend))
-    parser = trt.OnnxParser(network, logger)
     started = time.perf_counter()
-    parsed = parser.parse_from_file(args["onnx"])
+    parser, kept = None, None  # both live to the end: weights are read as late as the build
+    if source := args.get("network"):
+        emit("doing", what=f"defining the network {source['reference']}")
+        kept = define_network(trt, network, NetworkSource.from_json(source))
+    else:
+        parser = trt.OnnxParser(network, logger)
+        if not parser.parse_from_file(args["onnx"]) or parser.num_errors:
+            nodes = [error.to_json() for error in node_errors(parser)]
+            return {"failure": {"kind": "parse", "nodes": nodes, "log": log.errors}}
     parse_seconds = time.perf_counter() - started
-    if not parsed or parser.num_errors:
-        nodes = [error.to_json() for error in node_errors(parser)]
-        return {"failure": {"kind": "parse", "nodes": nodes, "log": log.errors}}
     values: Sequence[Mapping[str, Shapes]] = args.get("values", [])
     check_network(trt, network, backend, deciding=values[0] if values else ())
     allow_decomposition(trt, network)
@@ -200,6 +208,7 @@ def build_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     # Returns None on failure, and never raises.
     plan = builder.build_serialized_network(network, config)
     build_seconds = time.perf_counter() - started
+    del parser, kept
     if log.inconsistent:
         return {"failure": {"kind": "inconsistent", "ends": log.inconsistent}}
     if plan is None:
@@ -253,7 +262,10 @@ def _built_for(backend: Backend, engine: Path) -> tuple[str, ...]:
     return named or ((device.compute_capability,) if device is not None else ())
 
 
-def _failure(backend: Backend, onnx: Path, failure: Mapping[str, Any], scan: OnnxScan) -> BuildError:
+def _failure(backend: Backend, request: BuildRequest, failure: Mapping[str, Any], scan: OnnxScan) -> BuildError:
+    onnx = request.onnx
+    if request.network is not None:
+        return failures.network_failed(backend, request.network.reference, failure)
     if failure["kind"] == "parse":
         nodes = [NodeError.from_json(node) for node in failure["nodes"]]
         return failures.parse_failed(backend, onnx, nodes, failure["log"], scan)

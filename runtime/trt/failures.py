@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from trtforge.runtime.child import ChildCrashError
 from trtforge.runtime.errors import BuildError
@@ -65,6 +66,16 @@ def build_failed(backend: Backend, onnx: Path, log: Sequence[str], scan: OnnxSca
         fix=f"express {', '.join(doomed)} through other operators in the model"
         if doomed
         else "change the code that makes the nodes named here, or report the model",
+    )
+
+
+def network_failed(backend: Backend, reference: str, failure: Mapping[str, Any]) -> BuildError:
+    """The builder gave no engine, or would give a broken one, for a network of the user's own."""
+    said = [f"at the profile's {end}: {text}" for end, text in failure.get("ends", {}).items()] or failure["log"]
+    return BuildError(
+        f"{backend} cannot build the network of {reference}: {said[-1] if said else 'it gives no reason'}",
+        why="\n       ".join(said[-6:-1]),
+        fix="name the layers in the function: TensorRT's messages then name them too",
     )
 
 
