@@ -242,4 +242,4 @@ def _hash_tensor(tensor: ir.TensorProtocol, digest: hashlib._Hash, *, weights: b
     if tensor.dtype == ir.DataType.STRING:
         digest.update(repr(tensor.numpy().tolist()).encode())
     else:
-        digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+        digest.update(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
