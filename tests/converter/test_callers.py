@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -68,7 +67,19 @@ def test_cells_of_a_notebook(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("IPython") is None, reason="IPython is not installed")
-def test_cells_in_ipython(tmp_path: Path) -> None:
-    code = f"from IPython.core.interactiveshell import InteractiveShell as S; S.instance().run_cell({SCRIPT!r})"
-    check(tmp_path, [sys.executable, "-c", code])
+def test_a_notebook_in_its_kernel(tmp_path: Path) -> None:
+    """A real kernel of Jupyter runs the cells; the file of the second one is nowhere on the disk."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    head, tail = SCRIPT.split("def main")
+    cells = [nbformat.v4.new_code_cell(text) for text in (head, "def main" + tail)]
+    client = NotebookClient(
+        nbformat.v4.new_notebook(cells=cells), timeout=200, resources={"metadata": {"path": str(tmp_path)}}
+    )
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = client.execute(env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths})
+    (output,) = done.cells[1].outputs
+    assert output.text.split() in (["built"], ["validated"])
+    assert (tmp_path / "runs").read_text() == "once "
+    assert os.listdir(tmp_path / "out") == ["local"]
