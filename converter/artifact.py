@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from trtforge.runtime.errors import ArtifactError
 from trtforge.runtime.precision import PrecisionPlan
 from trtforge.runtime.specs import DimRange, InputSpec, Profile, TensorSpec, ValueRange
 from trtforge.runtime.trt.options import BuildOptions, LoadOptions
+from trtforge.runtime.trt.plugins import PluginLibrary, match_plugins
 
 if TYPE_CHECKING:
     from trtforge.runtime.engine import Engine
@@ -78,6 +79,11 @@ class Artifact:
         return BuildOptions.from_json(self.facts["target"])
 
     @property
+    def plugin_libraries(self) -> tuple[PluginLibrary, ...]:
+        """The libraries of native code that the engine was built with, and needs to load."""
+        return tuple(PluginLibrary(**entry) for entry in self.facts["target"].get("plugin_libraries", ()))
+
+    @property
     def reference(self) -> Path:
         """The float graph."""
         return self.path / REFERENCE
@@ -99,6 +105,7 @@ class Artifact:
         weight_budget_mib: int | None = None,
         contexts: int = 4,
         graphs: int = 32,
+        plugins: Sequence[Path | str] = (),
     ) -> Engine:
         """The engine, ready to be called with torch tensors on the GPU.
 
@@ -108,6 +115,7 @@ class Artifact:
                 `weight_streaming`; None: all of them.
             contexts: How many execution contexts each profile may have; each takes the engine's scratch memory.
             graphs: How many CUDA graphs each context keeps; 0 for none.
+            plugins: The libraries of native code that it was built with; it is loaded with no others.
 
         Raises:
             ArtifactError: failed, not validated, without an engine, altered since it was opened, or made for another
@@ -128,11 +136,12 @@ class Artifact:
                 f"{self.path} is {self.status}: its engine has never run",
                 fix=f"trtforge validate {self.path} on a machine with a GPU, or load(allow_unvalidated=True)",
             )
+        libraries = match_plugins(self.plugin_libraries, [Path(path) for path in plugins], self.engine)
         from trtforge.runtime.engine import Engine
 
         read_manifest(self.path, known=self.manifest)
         facts, built = self.facts["engine"], self.build_options
-        options = LoadOptions(built.version_compatible, built.hardware_compatibility, weight_budget_mib)
+        options = LoadOptions(built.version_compatible, built.hardware_compatibility, weight_budget_mib, libraries)
         return Engine(
             self.engine,
             backend=facts["backend"],

@@ -25,6 +25,9 @@ app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the artifacts.")]
 ArtifactPath = Annotated[Path, typer.Argument(help="An artifact's folder.")]
+Plugins = Annotated[
+    list[Path] | None, typer.Option("--plugin", help="A plugin library that the engine needs; repeat it for each.")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -67,6 +70,7 @@ def build(
     backend: Annotated[
         str | None, typer.Option(help="auto, tensorrt or tensorrt-rtx; else what the artifact was made for.")
     ] = None,
+    plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Build an artifact's engine on this machine: of a `portable` one, or for another release or GPU.
@@ -75,19 +79,20 @@ def build(
     """
     from trtforge.converter import commands
 
-    raise typer.Exit(commands.build(path, output=output, backend=backend, as_json=as_json))
+    raise typer.Exit(commands.build(path, output=output, backend=backend, plugins=plugin or [], as_json=as_json))
 
 
 @app.command()
 def validate(
     path: ArtifactPath,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Publish the promoted artifact here.")] = None,
+    plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Check an artifact's files and prove it again here; with a GPU a `built` artifact becomes `validated`."""
     from trtforge.converter import commands
 
-    raise typer.Exit(commands.validate(path, output=output, as_json=as_json))
+    raise typer.Exit(commands.validate(path, output=output, plugins=plugin or [], as_json=as_json))
 
 
 @app.command()

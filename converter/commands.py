@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def convert(file: Path, *, only: str | None, output: Path, jobs: int, force: boo
     return worst_exit_code(outcomes)
 
 
-def validate(path: Path, *, output: Path | None, as_json: bool) -> int:
+def validate(path: Path, *, output: Path | None, plugins: Sequence[Path], as_json: bool) -> int:
     """Checks and proves an artifact again."""
     from trtforge.converter.progress import Stages
     from trtforge.converter.revalidate import validate_artifact
@@ -74,7 +74,7 @@ def validate(path: Path, *, output: Path | None, as_json: bool) -> int:
     with ProgressView() as view:
         view.name = path.name
         stages = Stages(view.show)
-        artifact = validate_artifact(path, output=output, stages=stages)
+        artifact = validate_artifact(path, output=output, plugins=plugins, stages=stages)
     facts = dict(artifact.facts)
     outcome = Outcome(artifact.name, artifact.status, artifact.path, stages.seconds, facts=facts)
     if as_json:
@@ -84,7 +84,7 @@ def validate(path: Path, *, output: Path | None, as_json: bool) -> int:
     return 0
 
 
-def build(path: Path, *, output: Path | None, backend: str | None, as_json: bool) -> int:
+def build(path: Path, *, output: Path | None, backend: str | None, plugins: Sequence[Path], as_json: bool) -> int:
     """Builds an artifact's engine on this machine."""
     from trtforge.converter.progress import Stages
     from trtforge.converter.rebuild import build_artifact
@@ -92,7 +92,7 @@ def build(path: Path, *, output: Path | None, backend: str | None, as_json: bool
     with ProgressView() as view:
         view.name = path.name
         stages = Stages(view.show)
-        artifact = build_artifact(path, output=output, backend=backend, stages=stages)
+        artifact = build_artifact(path, output=output, backend=backend, plugins=plugins, stages=stages)
     outcome = Outcome(artifact.name, artifact.status, artifact.path, stages.seconds, facts=dict(artifact.facts))
     if as_json:
         print_json({"models": {outcome.name: outcome.to_json()}})

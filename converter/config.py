@@ -445,10 +445,11 @@ def _resolve(name: str, model_name: str, model: ModelSection, source: YamlSource
 
 
 def resolve_target(section: TargetSection, folder: Path) -> Target:
-    """What a section asks to build for; the timing cache's path starts at `folder`."""
-    values = section.model_dump(exclude={"backend", "compute_capabilities", "opset", "timing_cache"})
+    """What a section asks to build for; the paths of the timing cache and of plugins start at `folder`."""
+    values = section.model_dump(exclude={"backend", "compute_capabilities", "opset", "timing_cache", "plugins"})
+    plugins = tuple(folder / Path(path).expanduser() for path in section.plugins)
     cache = None if section.timing_cache is None else folder / Path(section.timing_cache).expanduser()
-    options = BuildOptions(timing_cache=cache, **values)
+    options = BuildOptions(timing_cache=cache, plugins=plugins, **values)
     return Target(section.backend, tuple(section.compute_capabilities), section.opset, options)
 
 

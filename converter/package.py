@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from trtforge.runtime.graph import OnnxModel
 from trtforge.runtime.precision import Precision, PrecisionPlan
 from trtforge.runtime.publish import hash_file, publish_folder
 from trtforge.runtime.specs import InputSpec
+from trtforge.runtime.trt.plugins import PluginLibrary
 
 if TYPE_CHECKING:
     from trtforge.converter.quantize import Quantization
@@ -225,6 +226,9 @@ def _facts(package: Package) -> dict[str, Any]:
             "backend": config.target.backend,
             "compute_capabilities": list(config.target.compute_capabilities),
             **config.target.options.to_json(),
+            # Where they lie here says nothing elsewhere, and nobody shall load code from where a manifest says.
+            "plugins": [],
+            "plugin_libraries": [asdict(PluginLibrary.of_file(path)) for path in config.target.options.plugins],
         },
         "device": device and device_entry(device),
         "tolerance": package.tolerance.to_json() if package.tolerance else None,

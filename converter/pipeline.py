@@ -388,6 +388,7 @@ class _Run:
             tolerance=tolerance,
             tf32=self.config.plan.float_default == "tf32",
             version_compatible=self.config.target.options.version_compatible,
+            plugins=self.config.target.options.plugins,
         )
 
     def _record_labelled(self, specs: tuple[InputSpec, ...], runner: Runner) -> LabelledSet | None:
@@ -438,6 +439,7 @@ def find_buildable(config: ConversionConfig, stages: Stages) -> Backend | None:
     from trtforge.runtime.errors import MissingDependencyError
     from trtforge.runtime.trt.backend import find_backend
     from trtforge.runtime.trt.options import check_options
+    from trtforge.runtime.trt.plugins import check_plugins
 
     try:
         backend = find_backend(config.target.backend)
@@ -445,6 +447,7 @@ def find_buildable(config: ConversionConfig, stages: Stages) -> Backend | None:
     except MissingDependencyError as error:
         if config.target.backend == "auto":
             raise
+        check_plugins(config.target.options.plugins)
         stages.note(f"no engine is built here: {error.what}; the artifact will be portable")
         return None
     if backend.capabilities.needs_gpu_to_build and not gpu_present():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +110,7 @@ def prove_engine(
     tolerance: Tolerance,
     tf32: bool,
     version_compatible: bool = False,
+    plugins: Sequence[Path] = (),
 ) -> ParityReport:
     """Runs an engine on the GPU in a child process and compares it with the golden set.
 
@@ -124,6 +125,7 @@ def prove_engine(
         tolerance: The limits.
         tf32: Whether it was built with TF32 allowed.
         version_compatible: Whether it was built to load on later releases.
+        plugins: Libraries that it was built with.
 
     Raises:
         ArtifactError: it does not load on this machine.
@@ -142,6 +144,7 @@ def prove_engine(
             on_event=bench.stages.forward,
             tf32=tf32,
             version_compatible=version_compatible,
+            plugins=plugins,
         )
     except ChildCrashError as error:
         raise ParityError("the engine crashed on the golden set", why=f"{error.what}\n{error.why}") from error

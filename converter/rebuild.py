@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -21,12 +22,20 @@ from trtforge.runtime.graph import OnnxModel, describe_model, load_graph
 from trtforge.runtime.publish import staging_folder
 from trtforge.runtime.trt.backend import Backend, find_backend
 from trtforge.runtime.trt.build import BuildRequest, BuiltEngine, build_engine
+from trtforge.runtime.trt.plugins import PluginLibrary, check_plugins
 from trtforge.validation.golden import GoldenSet
 
 __all__ = ["build_artifact"]
 
 
-def build_artifact(path: Path, *, stages: Stages, output: Path | None = None, backend: str | None = None) -> Artifact:
+def build_artifact(
+    path: Path,
+    *,
+    stages: Stages,
+    output: Path | None = None,
+    backend: str | None = None,
+    plugins: Sequence[Path] = (),
+) -> Artifact:
     """Builds an engine from an artifact's proved ONNX, proves it where a GPU runs it, and publishes the artifact anew.
 
     Args:
@@ -34,6 +43,7 @@ def build_artifact(path: Path, *, stages: Stages, output: Path | None = None, ba
         stages: Receives progress.
         output: Where the new artifact is published; None: in place of `path`.
         backend: "auto", "tensorrt" or "tensorrt-rtx"; None: what the artifact was made for.
+        plugins: The libraries of native code that the artifact names, built for this TensorRT, in any order.
 
     Returns:
         The artifact: `validated` where the engine ran and passed, else `built`.
@@ -61,22 +71,26 @@ def build_artifact(path: Path, *, stages: Stages, output: Path | None = None, ba
     found = find_backend(backend or artifact.facts["target"]["backend"])
     _check_machine(artifact, found, device)
     _check_products(artifact, graph, found)
+    libraries = _find_plugins(artifact, plugins)
     target = output or path
     with staging_folder(target.absolute().parent) as staging:
         folder, work = staging / "artifact", staging / "work"
         work.mkdir()
         copy_files(artifact, folder, but=ENGINE)
         with stages.stage("build", str(found)):
-            built = _build(artifact, model, found, folder / ENGINE, stages)
+            built = _build(artifact, model, found, folder / ENGINE, libraries, stages)
         ran = None
         if device is not None and found.capabilities.runs_on(device.compute_capability):
             with stages.stage("prove", "engine on the GPU"):
                 bench = Bench(golden, path / PROOF, work, stages)
-                ran = prove_again(artifact, model, built.path, built.backend, bench)
+                ran = prove_again(artifact, model, built.path, built.backend, bench, libraries)
         changed = {
             "engine": engine_facts(built, tf32=_tf32(artifact)),
             "device": device_entry(device) if device is not None and ran is not None else None,
         }
+        if libraries:
+            hashed = [asdict(PluginLibrary.of_file(library)) for library in libraries]
+            changed["target"] = {**artifact.facts["target"], "plugin_libraries": hashed}
         with stages.stage("package"):
             return republish(artifact, folder, target, golden, ran, changed)
 
@@ -85,7 +99,9 @@ def _tf32(artifact: Artifact) -> bool:
     return artifact.plan.float_default == "tf32"
 
 
-def _build(artifact: Artifact, model: OnnxModel, backend: Backend, engine: Path, stages: Stages) -> BuiltEngine:
+def _build(
+    artifact: Artifact, model: OnnxModel, backend: Backend, engine: Path, plugins: tuple[Path, ...], stages: Stages
+) -> BuiltEngine:
     wanted = artifact.facts["target"]
     request = BuildRequest(
         onnx=model.path,
@@ -96,7 +112,7 @@ def _build(artifact: Artifact, model: OnnxModel, backend: Backend, engine: Path,
         tf32=_tf32(artifact),
         compute_capabilities=tuple(wanted["compute_capabilities"]),
         # The cache's path is the other machine's: an artifact from elsewhere must not say where to write here.
-        options=replace(artifact.build_options, timing_cache=None),
+        options=replace(artifact.build_options, timing_cache=None, plugins=plugins),
     )
     return build_engine(request, on_event=stages.forward)
 
@@ -107,6 +123,21 @@ def _check_machine(artifact: Artifact, backend: Backend, device: DeviceFacts | N
             f"{backend} builds {artifact.path.name} on the GPU that it shall run on, and there is none here",
             fix="run this on the target, or give --backend tensorrt-rtx, which builds ahead of time",
         )
+
+
+def _find_plugins(artifact: Artifact, given: Sequence[Path]) -> tuple[Path, ...]:
+    """The given libraries in the artifact's order: by name, since another release needs another build of them."""
+    check_plugins(given)
+    found = {path.name: path for path in given}
+    needed = [library.name for library in artifact.plugin_libraries]
+    if set(needed) != set(found):
+        raise ArtifactError(
+            f"{artifact.path} needs the plugin libraries {', '.join(needed) or '(none)'}, "
+            f"{', '.join(found) or 'none'} are given",
+            why="they hold operators of its ONNX",
+            fix="give each of them as --plugin FILE, built for the TensorRT that is installed here",
+        )
+    return tuple(found[name] for name in needed)
 
 
 def _check_products(artifact: Artifact, graph: ir.Model, backend: Backend) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from trtforge.runtime.graph import OnnxModel, describe_model, load_graph
 from trtforge.runtime.publish import staging_folder
 from trtforge.runtime.trt.backend import Backend, find_backend
 from trtforge.runtime.trt.load import loads_version
+from trtforge.runtime.trt.plugins import match_plugins
 from trtforge.validation.golden import GoldenSet
 from trtforge.validation.parity import ParityReport
 from trtforge.validation.proof import Proof
@@ -26,13 +27,16 @@ from trtforge.validation.tolerance import EXPORT, Tolerance
 __all__ = ["check_fits", "copy_files", "prove_again", "republish", "validate_artifact"]
 
 
-def validate_artifact(path: Path, *, stages: Stages, output: Path | None = None) -> Artifact:
+def validate_artifact(
+    path: Path, *, stages: Stages, output: Path | None = None, plugins: Sequence[Path] = ()
+) -> Artifact:
     """Checks every file, then runs the golden set: on the engine where there is a GPU, else on onnxruntime.
 
     Args:
         path: An artifact.
         stages: Receives progress.
         output: Where the promoted artifact is published; None: in place of `path`.
+        plugins: The libraries of native code that the engine was built with.
 
     Returns:
         The artifact, promoted to `validated` where its engine ran and passed; unchanged without a GPU.
@@ -57,7 +61,8 @@ def validate_artifact(path: Path, *, stages: Stages, output: Path | None = None)
         backend = check_fits(artifact, device)
         with stages.stage("prove", "engine on the GPU"):
             model = describe_model(load_graph(artifact.model), artifact.model)
-            report = prove_again(artifact, model, artifact.engine, backend.name, bench)
+            libraries = match_plugins(artifact.plugin_libraries, plugins, artifact.engine)
+            report = prove_again(artifact, model, artifact.engine, backend.name, bench, libraries)
         with stages.stage("package"):
             folder = staging / "artifact"
             copy_files(artifact, folder)
@@ -114,7 +119,9 @@ def _prove_graphs(artifact: Artifact, bench: Bench) -> None:
             report.raise_unless_passed()
 
 
-def prove_again(artifact: Artifact, model: OnnxModel, engine: Path, backend: str, bench: Bench) -> ParityReport:
+def prove_again(
+    artifact: Artifact, model: OnnxModel, engine: Path, backend: str, bench: Bench, plugins: Sequence[Path] = ()
+) -> ParityReport:
     """Runs an engine of an artifact's model on the GPU, under the artifact's own tolerance.
 
     Raises:
@@ -132,6 +139,7 @@ def prove_again(artifact: Artifact, model: OnnxModel, engine: Path, backend: str
         tolerance=Tolerance.from_json(artifact.facts["tolerance"]),
         tf32=artifact.plan.float_default == "tf32",
         version_compatible=artifact.build_options.version_compatible,
+        plugins=plugins,
     )
     report.raise_unless_passed()
     return report

@@ -175,6 +175,7 @@ class TargetSection(Section):
     hardware_compatibility: HardwareCompatibility = "none"
     weight_streaming: Annotated[bool, Field(strict=True)] = False
     refit: Annotated[bool, Field(strict=True)] = False
+    plugins: list[str] = []
 
     @model_validator(mode="before")
     @classmethod

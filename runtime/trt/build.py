@@ -30,6 +30,7 @@ from trtforge.runtime.trt.parse import (
     network_specs,
     node_errors,
 )
+from trtforge.runtime.trt.plugins import load_plugins
 from trtforge.runtime.trt.profiles import Shapes, add_profiles
 from trtforge.runtime.trt.tf32 import set_build_tf32
 from trtforge.runtime.trt.timing_cache import keep_timings, use_timings
@@ -181,6 +182,7 @@ def build_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
             why="; ".join(log.errors[-3:]),
             fix="check the GPU and its driver with nvidia-smi, or use another release of the backend",
         ) from error
+    load_plugins(trt, logger, [Path(path) for path in args["options"]["plugins"]])
     network = builder.create_network(_creation_flags(trt, backend))
     started = time.perf_counter()
     parser, kept = None, None  # both live to the end: weights are read as late as the build

@@ -6,7 +6,7 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class EngineRunner:
         backend: "auto", "tensorrt" or "tensorrt-rtx": what built it.
         tf32: Whether it was built with TF32 allowed.
         version_compatible: Whether it was built to load on later releases.
+        plugins: Libraries that it was built with.
 
     Raises:
         MissingDependencyError: the backend is not installed.
@@ -49,11 +50,17 @@ class EngineRunner:
     """
 
     def __init__(
-        self, engine: Path, backend: str = "auto", *, tf32: bool = False, version_compatible: bool = False
+        self,
+        engine: Path,
+        backend: str = "auto",
+        *,
+        tf32: bool = False,
+        version_compatible: bool = False,
+        plugins: Sequence[Path] = (),
     ) -> None:
         found = find_backend(backend)
         check_fit(engine, found)
-        options = LoadOptions(version_compatible=version_compatible)
+        options = LoadOptions(version_compatible=version_compatible, plugins=tuple(plugins))
         self._cuda = Cuda()
         self._buffers: dict[str, DeviceBuffer] = {}
         self._opened = OpenEngine(engine, found, tf32=tf32, options=options)
@@ -252,6 +259,7 @@ def run_engine(
     profiles: Mapping[str, int] | None = None,
     tf32: bool = False,
     version_compatible: bool = False,
+    plugins: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Runs every sample of a file in a child process, since a broken engine can end the process.
 
@@ -264,6 +272,7 @@ def run_engine(
         profiles: The optimization profile of samples, by sample; the others run in any that holds them.
         tf32: Whether the engine was built with TF32 allowed.
         version_compatible: Whether it was built to load on later releases.
+        plugins: Libraries that it was built with.
 
     Returns:
         `{"runner", "version", "device", "samples", "load_seconds", "seconds", "inputs", "outputs"}`; seconds of running
@@ -281,6 +290,7 @@ def run_engine(
         "profiles": dict(profiles or {}),
         "tf32": tf32,
         "version_compatible": version_compatible,
+        "plugins": [str(path.absolute()) for path in plugins],
     }
     return _in_child("trt.run", args, engine, on_event)
 
@@ -317,6 +327,7 @@ def run_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         args["backend"],
         tf32=args["tf32"],
         version_compatible=args.get("version_compatible", False),
+        plugins=[Path(path) for path in args.get("plugins", ())],
     )
     with contextlib.closing(runner):
         loaded = time.perf_counter()

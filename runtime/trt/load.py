@@ -17,6 +17,7 @@ from trtforge.runtime.trt.dtypes import dtype_name
 from trtforge.runtime.trt.header import read_rtx_header
 from trtforge.runtime.trt.messages import BuildLog, make_logger
 from trtforge.runtime.trt.options import DEFAULT_LOAD, HardwareCompatibility, LoadOptions
+from trtforge.runtime.trt.plugins import load_plugins
 from trtforge.runtime.trt.tf32 import Tf32Hold
 
 __all__ = ["OpenEngine", "ProfileShapes", "check_fit", "loads_version"]
@@ -49,6 +50,7 @@ class OpenEngine:
         MissingDependencyError: the backend does not load.
         ArtifactError: the plan cannot be read or deserialised, an output of it lives on the host, or an engine of the
             other kind of TF32 lives in this process.
+        BuildError: a plugin library does not load.
         ConfigError: a budget for weights that were not built to stream.
     """
 
@@ -59,6 +61,7 @@ class OpenEngine:
         self.log, logger = _runtime_logger(self.trt)
         self.log.errors.clear()
         self._tf32 = Tf32Hold(tf32)
+        load_plugins(self.trt, logger, options.plugins)
         # The runtime stays referenced as long as the engine lives: TensorRT does not see to it.
         try:
             self._runtime: Any = self.trt.Runtime(logger)

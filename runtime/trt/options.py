@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.trt.backend import Backend
+from trtforge.runtime.trt.plugins import check_plugins
 
 __all__ = [
     "DEFAULT_BUILD",
@@ -41,6 +42,7 @@ class BuildOptions:
         hardware_compatibility: The family of GPUs that it loads on: "none" is the very model that built it.
         weight_streaming: Weights may stay in the host's memory, as far as a budget at load says.
         refit: Weights can be replaced in the engine.
+        plugins: Libraries of native code with operators for TensorRT, loaded in this order.
     """
 
     optimization_level: int | None = None
@@ -51,17 +53,20 @@ class BuildOptions:
     hardware_compatibility: HardwareCompatibility = "none"
     weight_streaming: bool = False
     refit: bool = False
+    plugins: tuple[Path, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """All attributes by name, the path as text."""
-        return {**asdict(self), "timing_cache": self.timing_cache and str(self.timing_cache)}
+        """All attributes by name, paths as text."""
+        cache, plugins = self.timing_cache, [str(path) for path in self.plugins]
+        return {**asdict(self), "timing_cache": cache and str(cache), "plugins": plugins}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> BuildOptions:
         """The inverse of `to_json`; what is left out, in a manifest of older days, has its default."""
         known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
         cache = known.get("timing_cache")
-        return cls(**{**known, "timing_cache": cache and Path(cache)})
+        plugins = tuple(Path(path) for path in known.get("plugins", ()))
+        return cls(**{**known, "timing_cache": cache and Path(cache), "plugins": plugins})
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +78,13 @@ class LoadOptions:
         hardware_compatibility: The family of GPUs that it was built for.
         weight_budget_mib: How much of its weights may stay on the GPU, MiB, where it was built with weight streaming;
             None: all of them.
+        plugins: Libraries of native code that it was built with.
     """
 
     version_compatible: bool = False
     hardware_compatibility: HardwareCompatibility = "none"
     weight_budget_mib: int | None = None
+    plugins: tuple[Path, ...] = ()
 
 
 DEFAULT_BUILD = BuildOptions()
@@ -111,18 +118,22 @@ def check_options(options: BuildOptions, backend: Backend) -> None:
         "weight_streaming": options.weight_streaming and not has.weight_streaming,
         "refit": options.refit and not has.refit,
         "tiling": options.tiling is not None and not has.tiling,
+        "plugins": bool(options.plugins) and not has.plugins,
     }
     for name in (name for name, lacks in lacking.items() if lacks):
         raise ConfigError(
             f"{backend} has no {name}",
             why=_WHY_RTX.get(name, "") if backend.name == "tensorrt-rtx" else "",
-            fix=f"leave {name} out of the target, or use backend: tensorrt",
+            fix=f"leave {name} out of the target, or use backend: tensorrt"
+            + (", or express the operator through ONNX's own: `custom_ops`" if name == "plugins" else ""),
         )
+    check_plugins(options.plugins)
 
 
 _WHY_RTX = {
     "timing_cache": "it times nothing while it builds: its timing cache does nothing since 1.2",
     "version_compatible": "it ships no lean runtime to put into the engine",
+    "plugins": "it has no registry that a library could add operators to",
     "refit": "its builder fails with the flag where there is no GPU, and it was not shown to work with one",
 }
 _RTX_HARDWARE = "its builder keeps NONE whatever is set; an engine is compiled for the GPU at hand when it loads"
