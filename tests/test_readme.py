@@ -47,6 +47,14 @@ def test_shell_commands_run(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
+@pytest.mark.slow
+def test_demo_runs() -> None:
+    demo = [sys.executable, ROOT / "examples/digits/demo.py"]
+    done = subprocess.run(demo, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("99.78%") == 4, done.stdout  # PyTorch, fp32, fp16, bf16
+
+
 def test_files_named_in_readme_exist() -> None:
     links = re.findall(r"\]\(([\w/.]+)\)", README)
     assert links

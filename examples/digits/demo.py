@@ -48,7 +48,7 @@ def main() -> int:
     """Runs the demo; the exit code is that of `trtforge convert`."""
     output = ROOT / "artifacts"
     print(f"training on scikit-learn's digits … test accuracy in PyTorch {train(HERE / 'digits.safetensors'):.2%}")
-    code = convert(ROOT / "configs" / "digits.yaml", only=None, output=output, as_json=False)
+    code = convert(ROOT / "configs" / "digits.yaml", only=None, output=output, jobs=1, force=True, as_json=False)
     if code:
         return code
     rows = []

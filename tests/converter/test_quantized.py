@@ -13,6 +13,7 @@ import torch
 
 import trtforge
 from trtforge.converter import cli
+from trtforge.converter.batch import convert_all, select_models
 from trtforge.converter.package import publish_proved
 from trtforge.runtime.trt.backend import find_backend
 
@@ -49,6 +50,31 @@ def test_quantized_model_is_calibrated_proved_and_built(tmp_path: Path, precisio
     assert 10 < facts["measured"]["sqnr_db"] < 60  # it is quantized, and still itself
     ranges = json.loads((artifact.path / "calibration.json").read_text())
     assert ranges["made_from"]["graph"] == facts["graphs"]["reference"]
+
+
+ENCODER = """
+version: 1
+models:
+  encoder:
+    source: {factory: 'example_models:encoder', kwargs: {layers: 4}}
+    dims: {batch: [1, 2, 4], seq: [16, 64, 128]}
+    inputs:
+      ids: {dtype: int64, shape: [batch, seq], values: [0, 30521]}
+      mask: {dtype: bool, shape: [batch, seq], values: true}
+    outputs: [hidden, pooled]
+    precision: int8
+    calibration: {loader: 'example_models:token_batches', method: max, rounding: false, bias_correction: false}
+"""
+
+
+@pytest.mark.slow
+def test_smoothing_leaves_an_encoder_right_at_other_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrated at length 128, run at 16: 32.7 dB without smoothing, 26.5 where a prediction of 4 dB sufficed."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "configs"))
+    file = tmp_path / "encoder.yaml"
+    file.write_text(ENCODER)
+    (outcome,) = convert_all(select_models(file, "encoder"), tmp_path / "out")
+    assert outcome.facts["measured"]["sqnr_db"] > 32
 
 
 def test_quantizing_without_data_is_a_config_error(tmp_path: Path) -> None:
