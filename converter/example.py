@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from trtforge.converter.caches import make_cache
 from trtforge.converter.dims import fix_static, merge_profiles
 from trtforge.converter.signature import ExampleInputs, bind_call, forward_signature, tensor_leaves
 from trtforge.runtime.errors import ConfigError
@@ -48,6 +49,8 @@ def example_from_specs(
         _place(tree, spec.name.split("."), to_torch(arrays[spec.name]).to(device), spec.name)
     _check_parameters(module, tree)
     arguments = {name: _tuples(value) for name, value in tree.items()}
+    if _is_from_transformers(module):  # `past_key_values`, `cache` in later releases
+        arguments = {name: make_cache(value) if type(value) is dict else value for name, value in arguments.items()}
     kinds = {name: p.kind for name, p in forward_signature(module).parameters.items()}
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
@@ -144,6 +147,10 @@ def _tuples(value: Any) -> Any:
     if all(key.isdigit() for key in value):
         return tuple(_tuples(value[key]) for key in sorted(value, key=int))
     return {key: _tuples(child) for key, child in value.items()}
+
+
+def _is_from_transformers(module: torch.nn.Module) -> bool:
+    return any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
 
 
 def _check_parameters(module: torch.nn.Module, tree: Mapping[str, Any]) -> None:

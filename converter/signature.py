@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
+from trtforge.converter.caches import register_cache
 from trtforge.runtime.errors import ConfigError, ExportError, TrtForgeError
 from trtforge.runtime.specs import InputSpec
 
@@ -133,6 +134,8 @@ def _children(value: Any, path: str = "", error: type[TrtForgeError] = ConfigErr
     if isinstance(value, (tuple, list)):
         return [(str(index), child) for index, child in enumerate(value)]
     node = _pytree.SUPPORTED_NODES.get(type(value))
+    if node is None and register_cache(type(value)):
+        node = _pytree.SUPPORTED_NODES[type(value)]
     if node is None:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         cache = "set `use_cache=False` in its config, or " if kind.endswith("Cache") else ""
@@ -141,7 +144,15 @@ def _children(value: Any, path: str = "", error: type[TrtForgeError] = ConfigErr
             fix=f"{cache}pass and return tensors in dicts, lists, tuples or dataclasses, or register the type with "
             "torch's pytree (torch.export.register_dataclass)",
         )
+    if node.flatten_with_keys_fn is not None:
+        return [(_key_text(key), child) for key, child in node.flatten_with_keys_fn(value)[0]]
     return [(str(index), child) for index, child in enumerate(node.flatten_fn(value)[0])]
+
+
+def _key_text(key: Any) -> str:
+    if isinstance(key, _pytree.MappingKey):
+        return str(key.key)
+    return str(key.name if isinstance(key, _pytree.GetAttrKey) else getattr(key, "idx", key))
 
 
 def _replace_tensors(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
