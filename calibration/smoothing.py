@@ -46,7 +46,8 @@ _WORTH = 2.0
 
 Channels that are all alike have different peaks by chance, and dividing by those is no gain but headroom lent. Of
 normal values in N rows the largest of one channel is near sqrt(2 ln N) deviations, the largest of C channels near
-sqrt(2 ln NC): chance alone promises 1 + ln C / ln N times less noise, which is at most 2 where N >= C, as is asked for.
+sqrt(2 ln NC): chance alone promises 1 + ln C / ln N times less noise, which is at most 2 where N >= C. Fewer rows are
+not trusted.
 """
 
 Floats = NDArray[np.float64]
@@ -114,10 +115,12 @@ def measure_smoothing(
     seen = {name: _Channels.none(weight.shape[1]) for name, weight in weights.items()}
     for name, rows in _tap(model, weights)(shown):
         seen[name].add(rows)
+    # One row a sample (a classifier's head) shows too little of each channel: its largest value is not the largest of
+    # data to come, which would saturate.
     trials = {
         name: Trial(name, weights[name], _candidates(channels.peaks, weights[name]), method)
         for name, channels in seen.items()
-        if channels.rows and _predict(channels, weights[name]) >= _WORTH
+        if channels.rows >= len(channels.peaks) and _predict(channels, weights[name]) >= _WORTH
     }
     if not trials:
         return {}
@@ -136,9 +139,7 @@ def measure_smoothing(
     found: dict[str, tuple[float, ...]] = {}
     for name, trial in trials.items():
         best, gain = trial.choose()
-        # One row a sample (a classifier's head) shows too little of each channel: its largest value is not the
-        # largest of data to come, which would saturate.
-        if gain >= _WORTH and seen[name].rows >= weights[name].shape[1]:
+        if gain >= _WORTH:
             factors = _candidates(seen[name].peaks, weights[name])[best]
             found[name] = tuple(float(value) for value in factors)
     return found
