@@ -14,6 +14,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx_ir.passes.common import ShapeInferencePass
 
+from trtforge.calibration.existing import fold_bias_codes
 from trtforge.converter.branches import take_known_branches
 from trtforge.converter.cleanup import clean
 from trtforge.converter.foreign_inputs import complete_ranks, forget_unknown_sizes, match_inputs, specs_from_call
@@ -94,6 +95,7 @@ def import_onnx(
     clean(model)
     if take_known_branches(model):
         clean(model)
+    fold_bias_codes(model)
     if any(node.op_type in rewritten for graph in all_graphs(model) for node in graph):
         ShapeInferencePass(check_type=False, strict_mode=False)(model)
         rewrite(model, rewritten)

@@ -359,7 +359,11 @@ class _Run:
             options=target.options,
             network=network_source(self.config),
         )
-        built = build_engine(request, on_event=self.stages.forward)
+        try:
+            built = build_engine(request, on_event=self.stages.forward)
+        except BuildError as error:
+            _add_quantization_problems(error, model)
+            raise
         wanted = {(s.name, s.dtype) for s in (*model.inputs, *model.outputs)}
         got = {(s.name, s.dtype) for s in (*built.inputs, *built.outputs)}
         if wanted != got:
@@ -456,6 +460,20 @@ def find_buildable(config: ConversionConfig, stages: Stages) -> Backend | None:
         )
         return None
     return backend
+
+
+def _add_quantization_problems(error: BuildError, model: OnnxModel) -> None:
+    """A parser says of Q/DQ that came with the model what it has, and not what to do."""
+    from trtforge.calibration.existing import inspect_existing
+    from trtforge.runtime.graph import load_graph
+
+    found = inspect_existing(load_graph(model.path))
+    if found is not None and not found.ours and found.problems:
+        first = found.problems[0]
+        count = len(found.problems)
+        more = f" (and {count - 1} more like it)" if count > 1 else ""
+        error.why = "\n       ".join(filter(None, [f"{first.node}: {first.what}{more}", error.why]))
+        error.fix = first.fix
 
 
 def _check_tf32(plan: PrecisionPlan) -> None:
