@@ -205,7 +205,11 @@ def test_the_child_goes_with_its_parent(tmp_path, how):
     args = _run_args(tmp_path)
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    code = f"from trtforge.runtime.child import run_child; run_child('onnx.run', {args | {'feeds': str(fifo)}!r})"
+    # A shell that started the tests in the background has them, and all that they start, ignore SIGINT.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"from trtforge.runtime.child import run_child; run_child('onnx.run', {args | {'feeds': str(fifo)}!r})"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as parent:
         end = time.monotonic() + 20
         while not (children := _children(parent.pid)) and time.monotonic() < end:
@@ -213,7 +217,10 @@ def test_the_child_goes_with_its_parent(tmp_path, how):
         (pid,) = children
         time.sleep(0.5)
         parent.send_signal(how)
-        _, errors = parent.communicate(timeout=20)
+        try:
+            _, errors = parent.communicate(timeout=20)
+        finally:
+            parent.kill()
         assert _gone(pid)
     assert ("KeyboardInterrupt" in errors) is (how == signal.SIGINT)
 
