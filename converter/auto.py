@@ -17,7 +17,7 @@ from typing import Any
 from trtforge.converter.candidates import Workbench
 from trtforge.converter.config import Search
 from trtforge.converter.quantize import Quantization
-from trtforge.converter.search import Group, Mended, Score, mend, rank_units
+from trtforge.converter.search import Group, Mended, Score, Unit, mend, rank_units
 from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.precision import QUANTIZED, Precision, PrecisionPlan
 
@@ -26,6 +26,7 @@ __all__ = ["Choice", "Row", "choose_plan"]
 _ERROR = 0.05
 _SAME_COST = {True: 0.02, False: 0.05}
 """Costs that differ by less count as equal, and the more exact plan wins: timings scatter, nominal costs are rough."""
+_CLASSES = 4
 _ORDER: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16", "fp8", "int8")
 
 
@@ -175,8 +176,7 @@ def _try(bench: Workbench, plan: PrecisionPlan, kind: Precision, search: Search)
     if plain.passed or "unbuilt" in plain.facts or kind in ("fp32", "tf32") or search.looks < 2:
         return row(plan, plain)
     if kind in QUANTIZED:
-        # Neighbours share groups: those of like work, so that what is cheap to put back is not held by what is dear.
-        units = sorted(units, key=lambda unit: unit.share)
+        units = _sort_by_work(units)
     feeds = bench.calibration_feeds() if kind in QUANTIZED else bench.failing_feeds(plain)
     measurements = search.evaluations - search.looks
     groups = rank_units(units, bench.harm(kind, plan.base, feeds), max(measurements, 1))
@@ -187,18 +187,27 @@ def _try(bench: Workbench, plan: PrecisionPlan, kind: Precision, search: Search)
         return plan.with_rules(rules, graph=bench.reference.hash if by_id else None)
 
     def look(kept: Sequence[Group]) -> Score:
-        if sum(len(group.units) for group in kept) == len(units) and kind in QUANTIZED:
-            return Score(False, f"nothing would be left in {kind}", None, math.inf)
         score = bench.look(mended(kept))
         number = sum(len(group.units) for group in kept)
         tried.append((number, score))
         bench.bench.stages.note(f"{kind} with {number} of {len(units)} layers in {high}: {score.reason}")
         return score
 
-    found = mend(groups, plain, look, looks=search.looks - 1) if units else Mended((), plain)
+    # With everything back a quantized plan is another candidate's.
+    all_back = kind not in QUANTIZED
+    found = mend(groups, plain, look, looks=search.looks - 1, all_back=all_back) if units else Mended((), plain)
     if not found.score.passed:  # as it was: what was put back in vain says nothing
         return row(plan, plain)
     return row(mended(found.kept), found.score, _single(found.kept))
+
+
+def _sort_by_work(units: Sequence[Unit]) -> list[Unit]:
+    """By classes of like work, so that in groups of neighbours what is cheap to put back is not held by what is dear.
+
+    Within a class in order of execution, since the noise of early layers does most harm.
+    """
+    rank = {unit.id: number for number, unit in enumerate(sorted(units, key=lambda unit: unit.share))}
+    return sorted(units, key=lambda unit: rank[unit.id] * _CLASSES // len(units))
 
 
 def _describe_look(kept: int, score: Score) -> dict[str, Any]:

@@ -20,6 +20,8 @@ _NEGLIGIBLE = 0.01
 """Of all harm: a group that does no more is not taken apart."""
 _SATURATED = 0.1
 """Of the output's power: an error as large is not the sum of its parts any more (an overflow that is divided by)."""
+_ADDS = 0.1
+"""By so much of a group's power its parts' powers are taken to fail to add up. It happens: see docs/results.md."""
 _SPARED = 0.01
 """Of all work: sparing less is not worth another look."""
 _ROOTS = (0.15, 1.0)
@@ -90,7 +92,7 @@ def rank_units(units: Sequence[Unit], harm: Harm, evaluations: int) -> tuple[Gro
     """Groups by what they add, found by taking the worst group apart again and again.
 
     Args:
-        units: In order of execution; neighbours share groups.
+        units: Neighbours share groups.
         harm: Measures a group alone.
         evaluations: How often it may be called, at least once.
 
@@ -106,7 +108,7 @@ def rank_units(units: Sequence[Unit], harm: Harm, evaluations: int) -> tuple[Gro
 class _Entry:
     """A group in the queue; `suspect` is the smallest group around it that was measured as infinite.
 
-    `joint`: it is known that no single layer of it is infinite alone.
+    `joint`: it is known that no single layer of it is infinite alone. `doubt`: how wrong an inferred harm may be.
     """
 
     units: tuple[Unit, ...]
@@ -114,6 +116,7 @@ class _Entry:
     measured: bool
     suspect: tuple[Unit, ...] = ()
     joint: bool = False
+    doubt: float = 0.0
 
 
 class _Ranking:
@@ -132,6 +135,9 @@ class _Ranking:
         total = first.harm
         while self.waiting:
             *_, entry = heapq.heappop(self.waiting)
+            if entry.doubt > entry.harm and self.left > 0:
+                self._wait(self._measure(entry.units))
+                continue
             small = math.isfinite(total) and entry.harm <= _NEGLIGIBLE * total
             if len(entry.units) == 1:
                 self._finish(entry)
@@ -162,7 +168,8 @@ class _Ranking:
             self._wait(self._measure(rest))
         elif math.isfinite(first.harm):
             # Where the whole is infinite and this half is not, the other one has to be.
-            self._wait(_Entry(rest, max(entry.harm - first.harm, 0.0), False, entry.suspect))
+            doubt = entry.doubt + _ADDS * entry.harm if math.isfinite(entry.harm) else 0.0
+            self._wait(_Entry(rest, max(entry.harm - first.harm, 0.0), False, entry.suspect, doubt=doubt))
         elif self.left > 0:
             self._wait(self._measure(rest))
         else:
@@ -192,7 +199,7 @@ class _Ranking:
         self.done.append(Group(entry.units, entry.harm))
 
 
-def mend(groups: Sequence[Group], plain: Score, look: Look, *, looks: int) -> Mended:
+def mend(groups: Sequence[Group], plain: Score, look: Look, *, looks: int, all_back: bool = True) -> Mended:
     """Puts groups back until a look passes, and then as few as pass.
 
     What gives NaN or Inf is put back first; then what does most harm for its share of the work, most harmful first.
@@ -203,12 +210,13 @@ def mend(groups: Sequence[Group], plain: Score, look: Look, *, looks: int) -> Me
         plain: The score with nothing put back, which did not pass.
         look: Scores a choice.
         looks: How many more looks are allowed.
+        all_back: Whether a plan with everything put back is worth a look.
     """
     number = sum(len(group.units) for group in groups)
     order = sorted(groups, key=lambda group: (not math.isinf(group.harm), -group.harm / _price(group, number)))
     certain = sum(math.isinf(group.harm) for group in order)
     left = [sum(group.harm for group in order[count:] if math.isfinite(group.harm)) for count in range(len(order) + 1)]
-    fails, passes = (0, plain), len(order)
+    fails, passes = (0, plain), len(order) if all_back else len(order) - 1
     best: Mended | None = None
     seen = [(0, plain)]
     for turn in range(looks):
@@ -217,10 +225,13 @@ def mend(groups: Sequence[Group], plain: Score, look: Look, *, looks: int) -> Me
             passes <= max(certain, low + 1) or sum(_price(g, number) for g in order[low + 1 : passes]) < _SPARED
         ):
             break
-        if best is None and low >= len(order):
+        if best is None and low >= passes:
             break
         middle = (low + passes + 1) // 2
-        count = _guess(left, seen, certain, middle, generous=best is None and turn == looks - 1)
+        last = turn == looks - 1
+        count = _guess(left, seen, certain, middle, generous=best is None and last)
+        if best is None and not last:
+            count = min(count, max(certain, _halfway(order, low, passes)))
         # Between what is known to fail and what is known, or taken, to pass.
         count = min(max(count, low + 1), passes - 1 if best is not None else passes)
         score = look(order[:count])
@@ -230,6 +241,13 @@ def mend(groups: Sequence[Group], plain: Score, look: Look, *, looks: int) -> Me
         else:
             fails = (count, score)
     return best or Mended(tuple(order[: fails[0]]), fails[1])
+
+
+def _halfway(order: Sequence[Group], low: int, high: int) -> int:
+    """As many groups from `low` on as are half the price of all up to `high`: an unbounded guess goes no further."""
+    number = sum(len(group.units) for group in order)
+    prices = list(itertools.accumulate(_price(group, number) for group in order[low:high]))
+    return next((low + count for count, price in enumerate(prices, 1) if price >= prices[-1] / 2), high)
 
 
 def _price(group: Group, number: int) -> float:
