@@ -9,6 +9,8 @@ Ensures: equal results. A graph without `If`, or with none that is decided, stay
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx
 import onnx.reference
@@ -17,10 +19,12 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from trtforge.converter.assign import constant_tensor
 from trtforge.converter.types import body_graphs
-from trtforge.runtime.graph import all_graphs, fresh_name
+from trtforge.runtime.errors import ExportError
+from trtforge.runtime.graph import OnnxModel, all_graphs, fresh_name, load_graph
+from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
 from trtforge.runtime.runner import Array
 
-__all__ = ["take_known_branches"]
+__all__ = ["check_branches", "take_known_branches"]
 
 _UNKNOWN = np.iinfo(np.int64).min
 """Stands for a size that is not known, in an array of sizes."""
@@ -50,6 +54,31 @@ def take_known_branches(model: ir.Model) -> bool:
         return False
     model.graph = decided.graph  # the functions were inlined before
     return True
+
+
+def check_branches(model: OnnxModel) -> None:
+    """Refuses an `If` that is left and has a branch which cannot be computed at the sizes that the inputs have.
+
+    onnxruntime and TensorRT infer the shapes of both branches, the one never taken too; onnx itself says nothing.
+
+    Raises:
+        ExportError: with the node and what is wrong in its branch; or onnxruntime cannot load the graph at all.
+    """
+    if not _count(load_graph(model.path)):
+        return
+    try:
+        OnnxRuntimeRunner(model.path, disable_quant_qdq=True)
+    except ExportError as error:
+        nodes = re.findall(r"Node \((.+?)\) Op \(If\)", error.why)
+        if not nodes:
+            raise
+        raise ExportError(
+            f"with these sizes a branch of the If {nodes[0]!r} cannot be computed",
+            why=error.why.rpartition("Graph attribute inferencing failed: ")[2]
+            + "; its condition is not decided by sizes, and onnxruntime and TensorRT want both branches to be right",
+            fix="export the network that you need alone (an input may choose between networks that take other lengths, "
+            "as of 16 and 8 kHz), or leave the axis dynamic that the branches differ in",
+        ) from error
 
 
 def _infer_anew(model: ir.Model) -> None:

@@ -107,6 +107,7 @@ def _translate(
 
 
 def _import(config: ConversionConfig, loaded: LoadedModel, backend: Backend | None, folder: Path) -> Reference:
+    from trtforge.converter.branches import check_branches
     from trtforge.converter.foreign import import_onnx
     from trtforge.converter.trial import try_in_child
     from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
@@ -126,6 +127,7 @@ def _import(config: ConversionConfig, loaded: LoadedModel, backend: Backend | No
     try:
         try_in_child(imported.truth, imported.specs, config.profiles, folder)
         runner = OnnxRuntimeRunner(imported.truth, disable_quant_qdq=True)
+        check_branches(imported.model)
     finally:
         if imported.truth != loaded.onnx:
             imported.truth.unlink()

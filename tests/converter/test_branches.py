@@ -14,9 +14,10 @@ from onnx import numpy_helper
 from onnx_corpus import CORPUS, Case, run_model
 
 import trtforge
-from trtforge.converter.branches import take_known_branches
+from trtforge.converter.branches import check_branches, take_known_branches
 from trtforge.converter.cleanup import clean
-from trtforge.runtime.graph import all_graphs, graph_hash
+from trtforge.runtime.errors import ExportError
+from trtforge.runtime.graph import OnnxModel, all_graphs, graph_hash, save_graph
 
 # As torch's old exporter writes `x.squeeze(-1)` and a padding: sizes computed in the graph, an If on the last one. The
 # branch that is not taken has a weight of its own.
@@ -71,6 +72,29 @@ def test_what_they_do_not_decide() -> None:
     before = graph_hash(model)
     assert not take_known_branches(model)
     assert graph_hash(model) == before
+
+
+def test_a_branch_that_these_sizes_exclude(tmp_path: Path) -> None:
+    """As in silero_vad: an input chooses between networks, and each takes its own length."""
+    text = """<ir_version: 8, opset_import: ["" : 16]>
+    g (float[n,6] x, bool eight) => (float[n,3] y) {
+      y = If (eight) <
+        then_branch = a () => (float[n,3] t) { t = MatMul (x, small) },
+        else_branch = b () => (float[n,3] e) { e = MatMul (x, large) }
+      >
+    }"""
+    weights = {name: np.ones((rows, 3), np.float32) for name, rows in (("small", 4), ("large", 6))}
+
+    def saved(text: str) -> OnnxModel:
+        model = ir.from_proto(model_of(text, **weights))
+        model.graph[0].name = "choice"
+        return save_graph(model, tmp_path / "model.onnx")
+
+    with pytest.raises(ExportError, match="a branch of the If 'choice' cannot be computed") as caught:
+        check_branches(saved(text))
+    assert "MatMul" in caught.value.why
+    assert "export the network that you need alone" in caught.value.fix
+    check_branches(saved(text.replace("n,6", "n,m")))
 
 
 @pytest.mark.parametrize("case", CORPUS, ids=str)
