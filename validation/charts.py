@@ -150,14 +150,15 @@ def layer_curve(layers: Sequence[Mapping[str, Any]], asked: float | None = None)
     if asked is not None:
         y = frame.py(asked)
         body.append(_line(frame.left, y, frame.width - frame.right, y, "limit"))
-        text = f"asked of the outputs: {asked:g} dB"
-        body.append(text_at(frame.width - frame.right, y - 4, text, "note end red"))
     worst = sorted(range(len(values)), key=lambda index: values[index])[:_DOTS]
     for index in sorted(worst):
         layer, (x, y) = layers[index], points[index]
         text = f"{layer['node']} ({layer['op']}): {_decibels(values[index])}"
         kind = "dot beyond" if asked is not None and values[index] < asked else "dot"
         body.append(_dot(x, y, 2.6, kind, text))
+    if asked is not None:  # over the dots, which would hide it
+        text = f"asked of the outputs: {asked:g} dB"
+        body.append(text_at(frame.width - frame.right, frame.py(asked) - 4, text, "note end red"))
     xs = [(round(i * (len(layers) - 1) / 8), str(round(i * (len(layers) - 1) / 8) + 1)) for i in range(9)]
     xs = list(dict.fromkeys(xs))
     ys = [(float(y), f"{y}") for y in _steps(frame.y[0], frame.y[1], 6)]
