@@ -370,7 +370,8 @@ def _resolve_all(section: FileSection, data: Mapping[str, Any], source: YamlSour
                 except ValidationError as error:
                     first = error.errors(include_url=False)[0]
                     at = ".".join(map(str, first["loc"]))
-                    raise ConfigError(f"{source.where(('matrix',))}: matrix value for {at}: {first['msg']}") from None
+                    said = first["msg"].removeprefix("Value error, ")
+                    raise ConfigError(f"{source.where(('matrix',))}: matrix value for {at}: {said}") from None
             try:
                 out.append(_resolve(full, name, model, source))
             except ConfigError as error:

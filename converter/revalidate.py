@@ -12,12 +12,13 @@ from trtforge.converter.package import device_entry, measured_facts, publish_pro
 from trtforge.converter.progress import Stages
 from trtforge.converter.prove import Bench, prove_engine, prove_onnx
 from trtforge.converter.reporting import read_report
-from trtforge.runtime.device import DeviceFacts, device_facts
+from trtforge.runtime.device import device_facts
 from trtforge.runtime.errors import ArtifactError
 from trtforge.runtime.graph import OnnxModel, describe_model, load_graph
 from trtforge.runtime.publish import staging_folder
 from trtforge.runtime.trt.backend import Backend, find_backend
-from trtforge.runtime.trt.load import loads_version
+from trtforge.runtime.trt.load import check_fit
+from trtforge.runtime.trt.options import LoadOptions
 from trtforge.runtime.trt.plugins import match_plugins
 from trtforge.validation.golden import GoldenSet
 from trtforge.validation.parity import ParityReport
@@ -58,7 +59,7 @@ def validate_artifact(
             if device is None and artifact.engine is not None:
                 stages.note("no GPU here: the ONNX was proved again, the engine was not run")
             return _copy(artifact, staging, output)
-        backend = check_fits(artifact, device)
+        backend = check_fits(artifact, artifact.engine)
         with stages.stage("prove", "engine on the GPU"):
             model = describe_model(load_graph(artifact.model), artifact.model)
             libraries = match_plugins(artifact.plugin_libraries, plugins, artifact.engine)
@@ -69,28 +70,17 @@ def validate_artifact(
             return republish(artifact, folder, output or path, golden, report, {"device": device_entry(device)})
 
 
-def check_fits(artifact: Artifact, device: DeviceFacts) -> Backend:
+def check_fits(artifact: Artifact, engine: Path) -> Backend:
     """The installed TensorRT that the artifact's engine was built with.
 
     Raises:
         MissingDependencyError: it is not installed.
         ArtifactError: another version is, or this GPU is none that the engine runs on.
     """
-    facts = artifact.facts["engine"]
+    facts, built = artifact.facts["engine"], artifact.build_options
     backend = find_backend(facts["backend"])
-    compatible = artifact.build_options.version_compatible
-    if not loads_version(facts["version"], backend.version, compatible=compatible):
-        raise ArtifactError(
-            f"{artifact.path} was built by {facts['backend']} {facts['version']}, this machine has {backend.version}",
-            why="an engine loads on the release that built it"
-            + (" and later ones of its major" if compatible else " only"),
-            fix=f"pip install {facts['backend']}=={facts['version']}, or convert again here",
-        )
-    if not backend.capabilities.runs_on(device.compute_capability):
-        raise ArtifactError(
-            f"{backend} does not run on {device.name} (compute capability {device.compute_capability})",
-            fix="build with a release that does, or use another GPU",
-        )
+    options = LoadOptions(built.version_compatible, built.hardware_compatibility)
+    check_fit(engine, backend, version=facts["version"], device=artifact.facts.get("device"), options=options)
     return backend
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from trtforge.runtime.specs import DTYPES
 from trtforge.runtime.trt.options import HardwareCompatibility, Tiling
@@ -23,10 +24,25 @@ __all__ = [
     "ValidationSection",
 ]
 
+
+def _spelled(pattern: str, words: str) -> AfterValidator:
+    """As `Field(pattern=…)`, but the user is told in words what is wanted."""
+
+    def check(text: str) -> str:
+        if re.fullmatch(pattern, text) is None:
+            raise ValueError(f"must be {words}")
+        return text
+
+    return AfterValidator(check)
+
+
 Positive = Annotated[int, Field(ge=1, strict=True)]
-DimName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-Reference = Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$", description="package.module:function")]
-ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+DimName = Annotated[str, _spelled(r"[A-Za-z_][A-Za-z0-9_]*", "made of letters a to z, digits and _, no digit first")]
+Reference = Annotated[str, _spelled(r"[\w.]+:[\w.]+", "package.module:function")]
+ModelName = Annotated[
+    str, _spelled(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "made of letters a to z, digits and _ . -, neither . nor - first")
+]
+Capability = Annotated[str, _spelled(r"\d+\.\d", "a compute capability, as 8.9")]
 
 
 class Section(BaseModel):
@@ -165,7 +181,7 @@ class TargetSection(Section):
     """What the engine is built for."""
 
     backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
-    compute_capabilities: list[Annotated[str, Field(pattern=r"^\d+\.\d$")]] = []
+    compute_capabilities: list[Capability] = []
     opset: Annotated[int, Field(ge=13, le=23, strict=True)] | None = None
     optimization_level: Annotated[int, Field(ge=0, le=5, strict=True)] | None = None
     workspace_mib: Positive | None = None

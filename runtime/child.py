@@ -57,11 +57,16 @@ _PR_SET_PDEATHSIG = 1
 
 
 class ChildCrashError(errors.TrtForgeError):
-    """A child ended without an answer: a native crash, or it was killed. `signal` is its name, or "" after an exit."""
+    """A child ended without an answer: a native crash, or it was killed. `signal` is its name, or "" after an exit.
+
+    An exit is a bug of ours; a signal is none, and the command's exit code is that of a stage that failed.
+    """
 
     def __init__(self, what: str, *, why: str = "", fix: str = "", signal_name: str = "") -> None:
         super().__init__(what, why=why, fix=fix)
         self.signal = signal_name
+        if signal_name:
+            self.exit_code = 3
 
 
 @dataclass(slots=True)
@@ -233,9 +238,13 @@ def _crashed(task: str, code: int, log: TextIO) -> ChildCrashError:
         with contextlib.suppress(ValueError):
             name = signal.Signals(-code).name
     ended = f"was ended by {name or f'signal {-code}'}" if code < 0 else f"exited with code {code}"
+    fix = ""
+    if name:
+        fix = "free memory, or use a larger machine" if name == "SIGKILL" else "report it with the lines above"
     return ChildCrashError(
         f"the child process of {task} {ended} without an answer",
         why="its last words:\n    " + "\n    ".join(tail) if tail else "it said nothing before it ended",
+        fix=fix,
         signal_name=name,
     )
 

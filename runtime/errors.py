@@ -15,8 +15,6 @@ Anything else that escapes is a bug (exit code 1) and shows its traceback.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 __all__ = [
     "AccuracyError",
     "ArtifactError",
@@ -39,7 +37,8 @@ class TrtForgeError(Exception):
         fix: What the user should do next, as an instruction.
     """
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
+    """Of the command that ends with this error: the class's, unless the error knows better."""
 
     def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
         super().__init__(what)

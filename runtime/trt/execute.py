@@ -380,6 +380,12 @@ def _in_child(task: str, args: Mapping[str, Any], engine: Path, on_event: OnEven
     except ChildCrashError as error:
         if not error.signal:  # a Python traceback: our own bug
             raise
+        if error.signal == "SIGKILL":
+            raise ArtifactError(
+                f"the process that ran the engine {engine} was killed (SIGKILL)",
+                why="most often memory ran out",
+                fix="free memory, or use a larger machine",
+            ) from error
         raise ArtifactError(
             f"the engine {engine} ended its process natively ({error.signal})",
             why=error.why,

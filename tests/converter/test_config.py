@@ -84,10 +84,10 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
         ("[1, 8, 32]", "[8, 1, 32]", 5, "min <= opt <= max"),
         ("[1, 8, 32]", "[0, 8, 32]", 5, "min <= opt <= max"),
         ("seq: [16, 128, 512]", "length: [16, 128, 512]", 5, "'seq'"),
-        ("my_models:encoder", "my_models.encoder", 6, "pattern"),
+        ("my_models:encoder", "my_models.encoder", 6, "must be package.module:function"),
         ("backend: tensorrt-rtx", "backend: tensorrt_rtx", 3, "tensorrt-rtx"),
         ("version: 1", "version: 2", 1, "1"),
-        ("  encoder:\n", "  'a/b':\n", 5, "pattern"),
+        ("  encoder:\n", "  'a/b':\n", 5, "made of letters a to z"),
     ],
 )
 def test_wrong_key_or_value_names_its_line(tmp_path: Path, old: str, new: str, line: int, hint: str) -> None:

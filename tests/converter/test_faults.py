@@ -2,203 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
 import re
 import shutil
-import signal
 import stat
 import subprocess
 import sys
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import onnx
 import pytest
-from tiny_models import entry, run, wait_for, write_tiny
+from fault_tools import GPU, convert, made, no_orphans, standing, tree
+from tiny_models import entry, run, write_tiny
 
 import trtforge
 
-# Ends itself, or its next child, when a stage begins. argv: stage, "parent" or "child", signal, then the command line.
-ASSASSIN = """
-import os, sys
-from trtforge.converter import cli, progress
-from trtforge.runtime import child
-stage, victim, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
-sys.argv[1:] = sys.argv[4:]
-begin, spawn = progress.Stages.stage, child._spawn
-armed = []
-def watched(self, name, text=""):
-    if name == stage:
-        armed.append(True)
-        if victim == "parent":
-            os.kill(os.getpid(), number)
-    return begin(self, name, text)
-def shot(log, env):
-    process, fd = spawn(log, env)
-    if armed and victim == "child":
-        os.kill(process.pid, number)
-    return process, fd
-progress.Stages.stage, child._spawn = watched, shot
-cli.main()
+__all__ = ["made", "standing"]  # pytest finds fixtures by their names here
+
+# What find_backend finds where the full TensorRT is installed.
+FULL = """
+from trtforge.converter import revalidate
+from trtforge.runtime.trt.backend import Backend, capabilities_of
+version = "10.14.1.48"
+revalidate.find_backend = lambda name: Backend(name, "tensorrt", version, capabilities_of(name, version))
 """
-STAGES = ("load", "export", "record", "prove", "plan", "cast", "build", "package")
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    write_tiny(folder)
-    done = run(folder, "convert", "tiny.yaml")
-    assert done.returncode == 0, done.stderr
-    return folder / "artifacts" / "tiny"
-
-
-@pytest.fixture
-def standing(made: Path, tmp_path: Path) -> Path:
-    """`tmp_path` with an older artifact, and a file that asks for another precision."""
-    shutil.copytree(made, tmp_path / "artifacts" / "tiny")
-    write_tiny(tmp_path, {"tiny": entry(precision="fp16")})
-    return tmp_path
-
-
-@contextlib.contextmanager
-def no_orphans() -> Iterator[dict[str, str]]:
-    """Gives an environment; afterwards no process has it any more."""
-    mark = f"TRTFORGE_TEST_MARK={uuid.uuid4()}"
-    yield dict([mark.split("=")])
-
-    def living() -> list[str]:
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
-                if mark.encode() in path.read_bytes():
-                    found.append(path.parent.name)
-        return found
-
-    wait_for(lambda: not living(), 20)
-
-
-def convert(folder: Path, *args: str, driver: tuple[str, ...] = (), **more: Any) -> subprocess.CompletedProcess[str]:
-    with no_orphans() as env:
-        env |= more.pop("env", {})
-        if driver:
-            more["command"] = [sys.executable, "-c", *driver]
-        return run(folder, "convert", "tiny.yaml", *args, env=env, **more)
-
-
-@pytest.mark.parametrize("stage", [pytest.param(s, marks=[] if s == "package" else [pytest.mark.slow]) for s in STAGES])
-def test_sigkill_at_a_stage_leaves_the_older_artifact_and_the_next_run_sweeps(standing: Path, stage: str) -> None:
-    before = tree(standing / "artifacts" / "tiny")
-    done = convert(standing, driver=(ASSASSIN, stage, "parent", str(int(signal.SIGKILL))))
-    assert done.returncode == -signal.SIGKILL
-    assert tree(standing / "artifacts" / "tiny") == before
-    left = set(os.listdir(standing / "artifacts")) - {"tiny"}
-    assert len(left) == (0 if stage == "load" else 1)
-    assert all(name.startswith(".trtforge-staging-") for name in left)
-    write_tiny(standing, {"other": entry(source={"onnx": "gone.onnx"}), "tiny": entry()})
-    assert convert(standing, "--only", "tiny").returncode == 0
-    if left:  # `tiny` is unchanged: sweeping is the next conversion's business
-        from trtforge.runtime.publish import staging_folder
-
-        with staging_folder(standing / "artifacts"):
-            pass
-    assert os.listdir(standing / "artifacts") == ["tiny"]
-    assert trtforge.open_artifact(standing / "artifacts" / "tiny").facts["precision"] == "fp32"
-
-
-@pytest.mark.parametrize(
-    ("stage", "number", "code", "said"),
-    [
-        ("build", signal.SIGKILL, 3, "was killed (SIGKILL) while starting"),
-        pytest.param("build", signal.SIGSEGV, 3, "crashed natively (SIGSEGV)", marks=pytest.mark.slow),
-        pytest.param("build", signal.SIGABRT, 3, "crashed natively (SIGABRT)", marks=pytest.mark.slow),
-        pytest.param("export", signal.SIGSEGV, 3, "onnxruntime crashed on", marks=pytest.mark.slow),
-        pytest.param("prove", signal.SIGKILL, 4, "onnxruntime crashed on the export ONNX", marks=pytest.mark.slow),
-        pytest.param("prove", signal.SIGSEGV, 4, "onnxruntime crashed on the export ONNX", marks=pytest.mark.slow),
-    ],
-)
-def test_a_child_s_death_is_an_error_with_a_way_out(
-    standing: Path, stage: str, number: signal.Signals, code: int, said: str
-) -> None:
-    before = tree(standing / "artifacts" / "tiny")
-    done = convert(standing, driver=(ASSASSIN, stage, "child", str(int(number))))
-    assert done.returncode == code, done.stderr
-    assert said in done.stderr
-    assert number.name in done.stderr
-    assert "fix:" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert tree(standing / "artifacts" / "tiny") == before
-    assert set(os.listdir(standing / "artifacts")) <= {"tiny", "tiny.failed"}
-
-
-# Ends itself at one step of publishing. argv: step, the staged copy's source, target.
-PUBLISHER = """
-import os, shutil, signal, sys
-from pathlib import Path
-from trtforge.runtime import publish
-step, source, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-way, _, step = step.partition(": ")
-def die(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
-def then(function):
-    def both(*args, **kwargs):
-        function(*args, **kwargs)
-        die()
-    return both
-def half(path, *args, **kwargs):
-    next(p for p in sorted(Path(path).rglob("*")) if p.is_file()).unlink()
-    die()
-if way == "aside":
-    publish._exchange = lambda a, b: False
-if step == "syncing":
-    publish.os.fsync = die
-elif step == "first step":
-    publish._exchange, publish._replace = die, die
-elif step == "after the exchange":
-    publish._exchange = then(publish._exchange)
-elif step == "between the renames":
-    rename = os.rename
-    publish.os.rename = then(rename)
-elif step == "after the renames":
-    publish._remove = die
-with publish.staging_folder(target.parent) as staging:
-    shutil.copytree(source, staging / "artifact")
-    if step == "removing the old":
-        publish.shutil.rmtree = half
-    publish.publish_folder(staging / "artifact", target)
-"""
-
-
-@pytest.mark.parametrize(
-    "step",
-    [
-        *("exchange: syncing", "exchange: first step", "exchange: after the exchange", "exchange: removing the old"),
-        *("aside: first step", "aside: between the renames", "aside: after the renames", "aside: removing the old"),
-    ],
-)
-def test_sigkill_at_a_publish_step_leaves_one_artifact_whole(standing: Path, step: str, made: Path) -> None:
-    from trtforge.runtime.publish import staging_folder
-
-    new, target = standing / "new", standing / "artifacts" / "tiny"
-    shutil.copytree(made, new)
-    old = tree(target)
-    with (new / "report.html").open("a") as file:
-        file.write("<!-- newer -->")
-    newer = tree(new)
-    done = subprocess.run([sys.executable, "-c", PUBLISHER, step, str(new), str(target)], check=False)
-    assert done.returncode == -signal.SIGKILL
-    if step != "aside: between the renames":  # no exchange on this file system: the one moment without either
-        assert tree(target) in (old, newer)
-    with staging_folder(target.parent):
-        pass
-    assert tree(target) == (newer if "after" in step or "removing" in step else old)
-    assert os.listdir(target.parent) == ["tiny"]
 
 
 @pytest.mark.parametrize("room", [20, *(pytest.param(kib, marks=pytest.mark.slow) for kib in (4, 12, 48))])
@@ -364,3 +192,62 @@ def test_paths_with_spaces_and_unicode_in_any_locale(tmp_path: Path, env: dict[s
     missing = convert(folder, "--only", "tïny", env=env)
     assert missing.returncode == 2
     assert "no model 'tïny'" in missing.stderr
+
+
+@pytest.mark.parametrize("name", ["größe 1", "../tiny", ".tiny"])
+def test_a_model_s_name_that_makes_no_folder(standing: Path, name: str) -> None:
+    write_tiny(standing, {name: entry()})
+    done = convert(standing, env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert done.returncode == 2
+    assert f"tiny.yaml:1: models.{name}: must be made of letters a to z, digits and _ . -" in done.stderr
+    assert os.listdir(standing / "artifacts") == ["tiny"]
+
+
+def test_inputs_and_outputs_named_in_unicode_with_spaces(tmp_path: Path) -> None:
+    write_tiny(tmp_path, {"tiny": entry(inputs={"größe x": {"shape": ["n", 4]}}, precision="fp16")})
+    text = (tmp_path / "tiny.yaml").read_text()
+    (tmp_path / "tiny.yaml").write_text(text.encode().decode("unicode_escape"), encoding="utf-8")
+    proto = onnx.load(tmp_path / "tiny.onnx")
+    names = {"x": "größe x", "y": "Ergebnis ü 1"}
+    proto.graph.node[0].input[0] = proto.graph.input[0].name = names["x"]
+    proto.graph.node[1].output[0] = proto.graph.output[0].name = names["y"]
+    onnx.save(proto, tmp_path / "tiny.onnx")
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = convert(tmp_path, env=ascii_locale)
+    assert done.returncode == 0, done.stderr
+    again = run(tmp_path, "validate", "artifacts/tiny", "--json", env=ascii_locale)
+    assert again.returncode == 0, again.stderr
+    artifact = trtforge.open_artifact(tmp_path / "artifacts" / "tiny")
+    assert [spec.name for spec in (*artifact.inputs, *artifact.outputs)] == list(names.values())
+
+
+@pytest.mark.parametrize("made_for", ["another release's GPUs", "another GPU's plan"])
+def test_an_engine_of_another_device(standing: Path, made_for: str) -> None:
+    """The first by this machine's TensorRT-RTX; the second as full TensorRT, whose plans one model of GPU runs."""
+    from trtforge.converter.manifest import write_manifest
+    from trtforge.runtime.trt.backend import find_backend
+
+    target = standing / "artifacts" / "tiny"
+    driver = GPU.format(capability="9.0") + "from trtforge.converter import cli\ncli.main()"
+    said = "does not run on NVIDIA Fake (compute capability 9.0)"
+    if made_for == "another GPU's plan":
+        facts = json.loads((target / "manifest.json").read_text())
+        kept = {key: value for key, value in facts.items() if key not in ("schema", "status", "name", "files")}
+        kept["engine"] |= {"backend": "tensorrt", "version": "10.14.1.48"}
+        kept["device"] = {"name": "NVIDIA Fake", "compute_capability": "8.9", "sm_count": 76}
+        write_manifest(target, "validated", "tiny", kept)
+        driver = FULL + driver
+        said = (
+            "was built on another GPU: compute_capability 8.9, sm_count 76; here: compute_capability 9.0, sm_count 132"
+        )
+    elif "9.0" not in find_backend("tensorrt-rtx").capabilities.refused_devices:
+        pytest.skip("this TensorRT-RTX runs on compute capability 9.0")
+    before = tree(target)
+    with no_orphans() as env:
+        done = run(standing, "validate", "artifacts/tiny", env=env, command=[sys.executable, "-c", driver])
+    assert done.returncode == 5, done.stderr
+    assert said in done.stderr
+    assert "fix:" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert tree(target) == before
+    assert os.listdir(standing / "artifacts") == ["tiny"]
