@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -149,9 +148,6 @@ def side_main(side: str, model: Path, count: int, batch: int) -> None:
     import trtforge.calibration.auto
     import trtforge.calibration.collect
     import trtforge.calibration.placement  # noqa: F401
-    from trtforge.calibration.count import native_kernel
-
-    native_kernel()  # where TRTFORGE_NATIVE=1 asks for it: compiled once a machine
     next(batches(1, 1))
     start = time.perf_counter()
     SIDES[side](model, count, batch)
@@ -207,6 +203,8 @@ def compare(paths: dict[str, Path], runs: int, count: int, batch: int, *, quick:
                 seconds.setdefault((name, side), []).append(found["seconds"])
                 peaks.setdefault((name, side), []).append(found["peak"])
 
+    from trtforge.calibration.count import native_kernel
+
     def ratio(above: str, below: str) -> dict[str, float | None]:
         return {
             name: round(statistics.median(seconds[name, above]) / statistics.median(seconds[name, below]), 3)
@@ -224,7 +222,7 @@ def compare(paths: dict[str, Path], runs: int, count: int, batch: int, *, quick:
         "faster_than_ort_entropy": ratio("ort_entropy", "ours_entropy"),
         "faster_than_ort_default": ratio("ort_default", "ours"),
         "faster_than_modelopt": ratio("modelopt", "ours_entropy"),
-        "native": os.environ.get("TRTFORGE_NATIVE") == "1",
+        "native": native_kernel() is not None,
         "memory_growth": round(growth, 3),
         "memory_share_of_ort": None if share is None else round(share, 4),
         "seconds": {f"{name} {side}": statistics.median(values) for (name, side), values in seconds.items()},

@@ -6,6 +6,16 @@
 #define BLOCK 1024 /* elements whose codes stay in the first-level cache */
 #define TABLES 4   /* neighbours are counted apart: incrementing one bin twice in a row waits for the store */
 
+/* One build serves every machine: of the vectorised loop there are two, and the loader takes the one for its CPU. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
+#if __has_attribute(target_clones)
+#define BY_CPU __attribute__((target_clones("avx2", "default")))
+#endif
+#endif
+#ifndef BY_CPU
+#define BY_CPU
+#endif
+
 static uint32_t bits_of(float x)
 {
     uint32_t bits;
@@ -14,7 +24,7 @@ static uint32_t bits_of(float x)
 }
 
 /* Codes of a block, and the bits of its largest |x|; codes mean nothing where that is beyond the last bin. */
-static uint32_t encode(const float *restrict x, int n, float scale, uint16_t *restrict codes)
+BY_CPU static uint32_t encode(const float *restrict x, int n, float scale, uint16_t *restrict codes)
 {
     uint32_t top = 0;
     for (int i = 0; i < n; i++) {

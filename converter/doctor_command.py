@@ -78,7 +78,7 @@ def _machine(facts: dict[str, Any]) -> Rows:
         rows.append(["GPU", f"none: {facts['why_no_gpu']}; engines are built and not run"])
     rows += [["cache", f"{c['path']}: {c['files']} files, {c['bytes'] / 1e6:.1f} MB"] for c in facts["caches"]]
     rows.append(["temporary files", f"{free['path']}: {free['free_bytes'] / 1e9:.1f} GB free"])
-    rows.append(["C compiler", f"{facts['c_compiler'] or 'none'} (not needed; used with TRTFORGE_NATIVE=1 alone)"])
+    rows.append(["C compiler", f"{facts['c_compiler'] or 'none'} (used at installation, for faster calibration)"])
     rows.append(
         ["CUDA toolkit", f"{facts['cuda_home'] or 'no CUDA_HOME'} (not needed: the wheels bring the libraries)"]
     )

@@ -63,7 +63,7 @@ def take_inventory() -> dict[str, Any]:
         "tensorrt": {name: _flavour(name) for name in BACKENDS},
         "caches": [_folder(path) for path in _cache_folders()],
         "temporary": _temporary(),
-        # Neither is needed: wheels bring CUDA's libraries, and the one C file of ours is an option.
+        # Neither is needed: wheels bring CUDA's libraries, and without our one C file numpy counts.
         "c_compiler": next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None),
         "cuda_home": os.environ.get("CUDA_HOME"),
     }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _ctypes
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from trtforge.calibration import count
 from trtforge.calibration.count import (
     BINS,
     INFINITY_BITS,
@@ -129,14 +132,9 @@ def test_used_bins_resolve_the_range_at_least_to_a_thousandth() -> None:
 
 
 @pytest.fixture(scope="module")
-def native() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRTFORGE_NATIVE", "1")
-        native_kernel.cache_clear()
-        if native_kernel() is None:
-            pytest.skip("no C compiler here")
-        yield
-    native_kernel.cache_clear()
+def native() -> None:
+    if native_kernel() is None:
+        pytest.skip("installed without a C compiler")
 
 
 @pytest.mark.usefixtures("native")
@@ -170,14 +168,31 @@ def test_compiled_loop_stops_before_the_block_that_needs_a_wider_grid() -> None:
     assert bits == np.float32(1).view(np.uint32)
 
 
-def test_no_compiler_is_started_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRTFORGE_NATIVE", raising=False)
+@pytest.fixture
+def fresh_kernel() -> Iterator[None]:
     native_kernel.cache_clear()
-    assert native_kernel() is None
+    yield
+    native_kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_kernel")
+def test_numpy_counts_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRTFORGE_NATIVE", "0")
-    native_kernel.cache_clear()
     assert native_kernel() is None
-    native_kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_kernel")
+@pytest.mark.parametrize("found", ["nothing", "text", "foreign"])
+def test_a_library_that_does_not_count_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str
+) -> None:
+    library = tmp_path / "_count.abi3.so"
+    if found == "text":
+        library.write_text("not a library")
+    elif found == "foreign":  # a library without the function
+        library.symlink_to(_ctypes.__file__)
+    monkeypatch.setattr(count, "__file__", str(tmp_path / "count.py"))
+    assert native_kernel() is None
 
 
 def test_peak_bits_find_nan_of_either_sign() -> None:
