@@ -31,6 +31,9 @@ _BLOCKED_LIMIT = 32_000_000
 """Bytes of model past which it does not pay: the optimized graph has every weight again, to be written and loaded (0.8
 seconds for ResNet-18's 47 MB), and networks of that size compute so much that 1 or 2 ms an image do not show."""
 
+_BLOCK = 16
+"""Channels of a block: 16 with AVX-512, else 8."""
+
 _LARGE = 1024
 _DETACHED = {1: np.float32, 10: np.float16, 11: np.float64}
 """By `TensorProto.DataType`; of types that numpy has only through ml_dtypes onnxruntime's bindings take no array."""
@@ -210,8 +213,8 @@ def _cut_reorders(proto: onnx.ModelProto, names: Iterable[str]) -> dict[str, str
     blocked: dict[str, str] = {}
     for name in names:
         node = reorders.get(name)
-        # Two copies of one blocked tensor would need one output twice.
-        if node is not None and node.input[0] not in blocked.values():
+        # Two copies of one blocked tensor would need one output twice; what does not fill its blocks holds padding.
+        if node is not None and node.input[0] not in blocked.values() and _channels(node) % _BLOCK == 0:
             blocked[name] = node.input[0]
             if name not in read:
                 graph.node.remove(node)
@@ -219,6 +222,11 @@ def _cut_reorders(proto: onnx.ModelProto, names: Iterable[str]) -> dict[str, str
         if value.name in blocked:
             value.CopyFrom(onnx.helper.make_empty_tensor_value_info(blocked[value.name]))
     return blocked
+
+
+def _channels(node: onnx.NodeProto) -> int:
+    """Of what a `ReorderOutput` gives; 1 where it does not say."""
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == "channels"), 1)
 
 
 def _state(array: Array) -> Histogram:
