@@ -11,15 +11,16 @@ and 128 levels; both look at the operators that trtforge quantizes. ModelOpt tak
 (PYTHONPATH for a folder outside the environment). `--quick` leaves out what takes minutes.
 
 `--json` prints one object: over_inference, faster_than_ort_entropy, faster_than_ort_default, faster_than_modelopt (each
-{resnet18, mobilenet_v2}, null where it was left out), memory_growth, memory_share_of_ort, search_ms, argmin_equal (over
-all histograms) and argmin_undefined: in how many the reference chose a candidate whose divergence it computes as 0/0.
+{resnet18, mobilenet_v2}, null where it was left out; `left_out` says why), memory_growth, memory_share_of_ort,
+search_ms, argmin_equal (over all histograms) and argmin_undefined: in how many the reference chose a candidate whose
+divergence it computes as 0/0.
 `ours` collects histograms and chooses ranges; the fitting of weights that `convert` does by default is not in it.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import functools
 import json
 import resource
 import statistics
@@ -106,15 +107,40 @@ def run_ort(model: Path, count: int, batch: int, bins: int = 128) -> None:
         calibrator.compute_data()
 
 
+@functools.cache
+def make_module(name: str) -> Any:
+    import torch
+    import torchvision
+
+    torch.manual_seed(0)
+    return getattr(torchvision.models, name)().eval()
+
+
+def prepare(side: str, model: Path) -> None:
+    """What no side is timed for: imports, a first small batch of data, and ModelOpt's module."""
+    import onnxruntime
+
+    if side.startswith("ort"):
+        import onnxruntime.quantization.calibrate  # noqa: F401
+        import scipy.stats  # noqa: F401
+    elif side == "modelopt":
+        import modelopt.torch.quantization  # noqa: F401
+
+        make_module(model.stem)
+    else:
+        import trtforge.calibration.auto
+        import trtforge.calibration.collect
+        import trtforge.calibration.placement  # noqa: F401
+    next(batches(1, 1))
+
+
 def run_modelopt(model: Path, count: int, batch: int) -> None:
     """ModelOpt's histogram calibrators on the torch model, entropy with 2048 bins, activations alone."""
     import modelopt.torch.quantization as mtq
     import torch
-    import torchvision
     from modelopt.torch.quantization.model_calib import enable_stats_collection, finish_stats_collection
 
-    torch.manual_seed(0)
-    module = getattr(torchvision.models, model.stem)().eval()
+    module = make_module(model.stem)
     inputs = {"num_bits": 8, "axis": None, "calibrator": "histogram"}
     config = {
         "quant_cfg": [
@@ -142,13 +168,8 @@ SIDES: dict[str, Any] = {
 
 
 def side_main(side: str, model: Path, count: int, batch: int) -> None:
-    """In the child: imports and a first small batch of data are not counted."""
-    import onnxruntime  # noqa: F401
-
-    import trtforge.calibration.auto
-    import trtforge.calibration.collect
-    import trtforge.calibration.placement  # noqa: F401
-    next(batches(1, 1))
+    """In the child."""
+    prepare(side, model)
     start = time.perf_counter()
     SIDES[side](model, count, batch)
     seconds = time.perf_counter() - start
@@ -163,6 +184,13 @@ def measure(side: str, model: Path, count: int, batch: int) -> dict[str, float]:
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     print(f"{model.stem} {side} x{count}: {result['seconds']:.2f} s, {result['peak']:.0f} MiB", file=sys.stderr)
     return result
+
+
+def missing_modelopt() -> str | None:
+    """Why ModelOpt takes no part; None where it does. A child tries: it imports torch and half of transformers."""
+    code = "import modelopt.torch.quantization, torchvision"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return (done.stderr.strip().splitlines() or ["it cannot be imported"])[-1] if done.returncode else None
 
 
 def export(folder: Path) -> dict[str, Path]:
@@ -190,10 +218,15 @@ def name_nodes(path: Path) -> None:
     onnx.save(proto, path)
 
 
-def compare(paths: dict[str, Path], runs: int, count: int, batch: int, *, quick: bool) -> dict[str, Any]:
-    modelopt = importlib.util.find_spec("modelopt") is not None and not quick
+def compare(
+    paths: dict[str, Path], runs: int, count: int, batch: int, *, quick: bool, without: list[str]
+) -> dict[str, Any]:
     quicker = ["inference", "ours"]
-    slow = [] if quick else ["ort_default", "ort_entropy", "ours_entropy", *(["modelopt"] if modelopt else [])]
+    slow = [] if quick else ["ort_default", "ort_entropy", "ours_entropy", "modelopt"]
+    left_out = dict.fromkeys(without, "asked for")
+    if "modelopt" in slow and "modelopt" not in left_out and (missing := missing_modelopt()):
+        left_out["modelopt"] = missing
+    slow = [side for side in slow if side not in left_out]
     seconds: dict[tuple[str, str], list[float]] = {}
     peaks: dict[tuple[str, str], list[float]] = {}
     for run in range(runs):
@@ -222,6 +255,7 @@ def compare(paths: dict[str, Path], runs: int, count: int, batch: int, *, quick:
         "faster_than_ort_entropy": ratio("ort_entropy", "ours_entropy"),
         "faster_than_ort_default": ratio("ort_default", "ours"),
         "faster_than_modelopt": ratio("modelopt", "ours_entropy"),
+        "left_out": left_out,
         "native": native_kernel() is not None,
         "memory_growth": round(growth, 3),
         "memory_share_of_ort": None if share is None else round(share, 4),
@@ -295,6 +329,7 @@ def load_reference() -> tuple[Any, str] | None:
     """ModelOpt's `_compute_amax_entropy`, from its file: importing the package loads half of transformers."""
     import ast
     import importlib.metadata
+    import importlib.util
     from collections import Counter
 
     spec = importlib.util.find_spec("modelopt")
@@ -318,6 +353,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--histograms", type=int, default=200)
+    parser.add_argument("--without", action="append", default=[], choices=["modelopt"], help="a side to leave out")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--side", choices=sorted(SIDES), help=argparse.SUPPRESS)
@@ -328,7 +364,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         paths = export(Path(folder))
-        result = compare(paths, options.runs, options.images, options.batch, quick=options.quick)
+        result = compare(
+            paths, options.runs, options.images, options.batch, quick=options.quick, without=options.without
+        )
         result.update(compare_search(paths["mobilenet_v2"], options.histograms, quick=options.quick))
     if options.json:
         print(json.dumps(result))
