@@ -183,9 +183,7 @@ def test_numpy_counts_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("fresh_kernel")
 @pytest.mark.parametrize("found", ["nothing", "text", "foreign"])
-def test_a_library_that_does_not_count_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str
-) -> None:
+def test_a_library_that_does_not_count_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str) -> None:
     library = tmp_path / "_count.abi3.so"
     if found == "text":
         library.write_text("not a library")
