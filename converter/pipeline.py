@@ -398,7 +398,7 @@ class _Run:
     def _record_labelled(self, specs: tuple[InputSpec, ...], runner: Runner) -> LabelledSet | None:
         if self.config.validation.accuracy is None:
             return None
-        from trtforge.converter.accuracy import record_labelled
+        from trtforge.converter.accuracy_record import record_labelled
 
         return record_labelled(self.config, self.live.accuracy, specs, runner, self.work / "labelled", self.stages)
 
@@ -407,7 +407,7 @@ class _Run:
         search, accuracy = self.config.search, self.config.validation.accuracy
         if accuracy is None or (search.loader is None and self.live.search is None):
             return None
-        from trtforge.converter.accuracy import record_labelled
+        from trtforge.converter.accuracy_record import record_labelled
 
         accuracy = replace(accuracy, loader=search.loader, batches=None)
         config = replace(self.config, validation=replace(self.config.validation, loader=None, accuracy=accuracy))
