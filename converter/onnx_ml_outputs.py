@@ -49,8 +49,9 @@ def _drop_maps(graph: onnx.GraphProto) -> list[str]:
         if node.domain != ML_DOMAIN or node.op_type != "ZipMap":
             continue
         classes = next((list(a.strings or a.ints) for a in node.attribute if a.name.startswith("classlabels")), [])
-        node.domain, node.op_type = "", "Identity"
+        node.domain, node.op_type = "", "Cast"  # skl2onnx leaves float64 scores float64; a map holds float32
         del node.attribute[:]
+        node.attribute.append(onnx.helper.make_attribute("to", onnx.TensorProto.FLOAT))
         if (value := outputs.get(node.output[0])) is not None:
             size = len(classes) or None
             value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, [None, size]))

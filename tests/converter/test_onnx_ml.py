@@ -134,6 +134,17 @@ def test_an_output_that_is_text(tmp_path: Path) -> None:
         plain_outputs(proto)
 
 
+def test_a_map_of_float64_scores_becomes_float32() -> None:
+    """skl2onnx writes it where a model is given float64, and onnxruntime does not take its own ZipMap then."""
+    x = TABLE.astype(np.float64)
+    proto = graph([node("ZipMap", ["y"], classlabels_int64s=[4, 5, 6])], x, ["y"], 13)
+    (note,) = plain_outputs(proto)
+    assert note == "output 'y' is a tensor, with a column for each of [4, 5, 6], and no map"
+    (found,) = run(proto, x)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, x)
+
+
 @pytest.fixture(scope="module")
 def digits() -> tuple[Any, Any]:
     data = pytest.importorskip("sklearn.datasets")
