@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +195,27 @@ def test_paths_with_spaces_and_unicode_in_any_locale(tmp_path: Path, env: dict[s
     assert "no model 'tïny'" in missing.stderr
 
 
+def test_a_yaml_file_named_in_unicode_with_spaces(standing: Path) -> None:
+    name, before = "größe 日本.yaml", tree(standing / "artifacts" / "tiny")
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+    def convert_named(**top: object) -> subprocess.CompletedProcess[str]:
+        write_tiny(standing, **top).rename(standing / name)
+        with no_orphans() as env:
+            return run(standing, "convert", name, env=env | ascii_locale)
+
+    wrong = convert_named(models={"tiny": entry(dims={"n": "many"})})
+    assert wrong.returncode == 2
+    assert f"{name}:1: models.tiny.dims" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    assert tree(standing / "artifacts" / "tiny") == before
+    # Two models are a batch, whose children read the file for themselves.
+    done = convert_named(models={"tiny": entry(precision="fp16"), "other": entry()})
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(standing / "artifacts")) == ["index.html", "other", "tiny"]
+    assert trtforge.open_artifact(standing / "artifacts" / "tiny").facts["precision"] == "fp16"
+
+
 @pytest.mark.parametrize("name", ["größe 1", "../tiny", ".tiny"])
 def test_a_model_s_name_that_makes_no_folder(standing: Path, name: str) -> None:
     write_tiny(standing, {name: entry()})
@@ -221,18 +243,25 @@ def test_inputs_and_outputs_named_in_unicode_with_spaces(tmp_path: Path) -> None
     assert [spec.name for spec in (*artifact.inputs, *artifact.outputs)] == list(names.values())
 
 
-@pytest.mark.parametrize("made_for", ["another release's GPUs", "another GPU's plan"])
-def test_an_engine_of_another_device(standing: Path, made_for: str) -> None:
-    """The first by this machine's TensorRT-RTX; the second as full TensorRT, whose plans one model of GPU runs."""
+@pytest.mark.parametrize("made_for", ["another release", "another release's GPUs", "another GPU's plan"])
+def test_an_engine_of_another_release_or_device(standing: Path, made_for: str) -> None:
+    """The last as full TensorRT, whose plans one model of GPU runs; the others by this machine's TensorRT-RTX."""
     from trtforge.converter.manifest import write_manifest
     from trtforge.runtime.trt.backend import find_backend
 
     target = standing / "artifacts" / "tiny"
     driver = GPU.format(capability="9.0") + "from trtforge.converter import cli\ncli.main()"
     said = "does not run on NVIDIA Fake (compute capability 9.0)"
-    if made_for == "another GPU's plan":
-        facts = json.loads((target / "manifest.json").read_text())
-        kept = {key: value for key, value in facts.items() if key not in ("schema", "status", "name", "files")}
+    facts = json.loads((target / "manifest.json").read_text())
+    kept = {key: value for key, value in facts.items() if key not in ("schema", "status", "name", "files")}
+    if made_for == "another release":
+        plan = bytearray((target / "model.engine").read_bytes())
+        plan[24:28] = struct.pack("4B", 1, 2, 3, 4)  # the header names the release
+        (target / "model.engine").write_bytes(plan)
+        kept["engine"]["version"] = "1.2.3.4"
+        write_manifest(target, "built", "tiny", kept)
+        said = "was built by TensorRT-RTX 1.2.3.4, and "
+    elif made_for == "another GPU's plan":
         kept["engine"] |= {"backend": "tensorrt", "version": "10.14.1.48"}
         kept["device"] = {"name": "NVIDIA Fake", "compute_capability": "8.9", "sm_count": 76}
         write_manifest(target, "validated", "tiny", kept)
