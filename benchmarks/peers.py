@@ -1,6 +1,7 @@
 """The engine against torch.compile, on seven models at batch 1 and 32: who is faster, in how many of the 14 cells.
 
-    python benchmarks/peers.py [--models resnet50 …] [--batches 1 32] [--precision fp16] [--folder DIR] [--json FILE]
+    python benchmarks/peers.py [--models resnet50 …] [--batches 1 32] [--precision fp16] [--auto] [--folder DIR]
+        [--json FILE]
 
 Artifacts are made first, several at a time; then each cell runs alone, in a process of its own: both sides on the same
 weights and inputs, taking turns round by round. `call` is the plain call of trtforge's engine, `bind` its zero-copy
@@ -10,6 +11,10 @@ milliseconds of a call out of many that are put on the GPU without waiting; the 
 
 The engine's inputs are what the model's are: images in float32, cast inside. torch.compile gets images in its own
 dtype. Every side's output is compared with the model's in float32.
+
+`--auto` also converts each cell with `precision: auto`, quantized candidates included, and times a plain call of what
+it picked beside the one above. The budget: a cosine of the outputs within 0.01 of 1 on 64 other inputs. A candidate
+that fails is not mended (`looks: 1`), which keeps the search short.
 """
 
 from __future__ import annotations
@@ -45,10 +50,10 @@ def make_model(name: str) -> Any:
     return torchvision_model(name, unit_variance=name in ("mobilenet_v2", "efficientnet_b0")).eval()
 
 
-def make_inputs(name: str, batch: int) -> tuple[Any, ...]:
+def make_inputs(name: str, batch: int, seed: int = 1) -> tuple[Any, ...]:
     import torch
 
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     if name == "encoder":
         ids = torch.randint(0, 30522, (batch, TOKENS), generator=generator)
         return ids, torch.ones(batch, TOKENS, dtype=torch.bool)
@@ -61,6 +66,62 @@ def prepare(name: str, batch: int, precision: str, folder: Path) -> None:
     place = folder / f"{name}-{batch}-{precision}"
     if not place.exists():
         trtforge.convert(make_model(name), make_inputs(name, batch), place, precision=precision)
+
+
+def prepare_auto(name: str, batch: int, folder: Path) -> Path:
+    import trtforge
+
+    def data(first: int, count: int) -> list[tuple[Any, ...]]:
+        return [make_inputs(name, batch, seed) for seed in range(first, first + max(count // batch, 1))]
+
+    place = folder / f"{name}-{batch}-auto"
+    budget = {"metric": "cosine", "labels": "model", "max_drop": 0.01, "data": data(1000, 64)}
+    if name == "encoder":
+        budget["output"] = "output_0"
+    if not place.exists():
+        trtforge.convert(
+            make_model(name),
+            make_inputs(name, batch),
+            place,
+            precision="auto",
+            search={"looks": 1},
+            calibration=data(100, 32),
+            accuracy=budget,
+        )
+    return place
+
+
+def measure_auto(name: str, batch: int, precision: str, folder: Path, rounds: int) -> dict[str, Any]:
+    """What `precision: auto` picks, and a plain call of it beside the one in `precision`."""
+    import engine as one
+
+    import trtforge
+
+    started = time.perf_counter()
+    places = {"auto": prepare_auto(name, batch, folder), precision: folder / f"{name}-{batch}-{precision}"}
+    spent = time.perf_counter() - started
+    search = trtforge.open_artifact(places["auto"]).facts["search"]
+    engines = {side: trtforge.load(place) for side, place in places.items()}
+    given = tuple(x.cuda() for x in make_inputs(name, batch))
+    calls: dict[str, Callable[[], Any]] = {
+        side: lambda engine=engine: engine(*given)  # type: ignore[misc]
+        for side, engine in engines.items()
+    }
+    rows = one.measure_throughput(calls, rounds, least_ms=60.0)
+    for engine in engines.values():
+        engine.close()
+    candidates = {
+        row["name"]: {key: row[key] for key in ("passed", "latency_ms", "accuracy", "reason")}
+        for row in search["candidates"]
+    }
+    return {
+        "model": name,
+        "batch": batch,
+        "auto": search["chosen"],
+        "ms": rows,
+        "candidates": candidates,
+        "search_seconds": spent,
+    }
 
 
 def measure_load(place: Path) -> None:
@@ -186,8 +247,9 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--precision", default="fp16")
     parser.add_argument(
-        "--sides", nargs="+", default=["bare", "compile", "eager"], choices=["bare", "compile", "eager"]
+        "--sides", nargs="*", default=["bare", "compile", "eager"], choices=["bare", "compile", "eager"]
     )
+    parser.add_argument("--auto", action="store_true", help="also what precision: auto picks")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", type=Path, help="keeps the artifacts here, and uses those that are there")
     parser.add_argument("--jobs", type=int, default=5, help="conversions at a time")
@@ -195,7 +257,7 @@ def main() -> None:
     parser.add_argument("--loads", nargs="*", default=[], choices=MODELS, help="also time first and second loads")
     parser.add_argument("--timeout", type=float, default=400, help="seconds for one cell")
     parser.add_argument("--json", type=Path, help="one object a line, written as cells end")
-    parser.add_argument("--child", choices=["prepare", "cell", "load"], help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=["prepare", "cell", "load", "auto"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         (name,), (batch,) = options.models, options.batches
@@ -203,6 +265,8 @@ def main() -> None:
             prepare(name, batch, options.precision, options.folder)
         elif options.child == "load":
             measure_load(options.folder / f"{name}-{batch}-{options.precision}")
+        elif options.child == "auto":
+            print(json.dumps(measure_auto(name, batch, options.precision, options.folder, options.rounds)))
         else:
             found = measure_cell(name, batch, options.precision, options.folder, options.rounds, options.sides)
             print(json.dumps(found))
@@ -243,19 +307,30 @@ def main() -> None:
             }
             print(json.dumps(line), flush=True)
             write(options.json, line)
-        results = []
-        for cell in made:
-            command = [*arguments("cell", *cell), "--rounds", str(options.rounds), "--sides", *options.sides]
+
+        def measure(kind: str, cell: tuple[str, int]) -> dict[str, Any] | None:
+            command = [*arguments(kind, *cell), "--rounds", str(options.rounds), "--sides", *options.sides]
+            what = f"{kind}: {cell[0]} at batch {cell[1]}"
             try:
-                found = last_object(child(*command, timeout=options.timeout), f"{cell[0]} at batch {cell[1]}")
+                found = last_object(child(*command, timeout=options.timeout), what)
             except subprocess.TimeoutExpired:
-                print(f"{cell[0]} at batch {cell[1]}: over {options.timeout:.0f} s", file=sys.stderr, flush=True)
-                continue
+                print(f"{what}: over {options.timeout:.0f} s", file=sys.stderr, flush=True)
+                return None
             if found is not None:
-                results.append(found)
                 write(options.json, found)
+            return found
+
+        results = []
+        for cell in made if options.sides else []:
+            if found := measure("cell", cell):
+                results.append(found)
                 print_cells([found])
         print_cells(results)
+        for cell in made if options.auto else []:
+            if found := measure("auto", cell):
+                ms, chosen = found["ms"], found["auto"]
+                times = f"auto {ms['auto']:.4f} ms, {options.precision} {ms[options.precision]:.4f} ms"
+                print(f"{cell[0]} at batch {cell[1]}: auto picks {chosen}, {times}", flush=True)
 
 
 def failed(done: subprocess.CompletedProcess[str], cell: tuple[str, int]) -> bool:
