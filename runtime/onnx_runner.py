@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,8 @@ class OnnxRuntimeRunner:
             fake-quantized values that a TensorRT engine is compared with.
         optimize: False runs the graph as it is written, node by node.
         extra_outputs: Names of tensors of the main graph that `run` returns as well.
-        threads: Threads inside one operator; None leaves it to onnxruntime (the physical cores).
+        threads: Threads inside one operator; None: as many as OMP_NUM_THREADS says, which torch follows too, and
+            without it what onnxruntime takes (the physical cores).
         provider: "cpu", or "cuda" for onnxruntime's CUDA provider with TF32 switched off.
         data_folder: Where a serialised model's external data lies.
         weights: Arrays for initializers that a serialised model calls external: they are used where they lie, which
@@ -76,8 +78,7 @@ class OnnxRuntimeRunner:
         options.log_severity_level = 4  # errors are raised too; its warnings name nothing that a user can change
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or _asked_threads()
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
         disabled: list[str] | None = None
@@ -276,6 +277,12 @@ def run_task(args: dict[str, Any], emit: Emit) -> dict[str, Any]:
 def onnxruntime_version() -> str:
     """Raises `MissingDependencyError` where it is not installed."""
     return str(_import_onnxruntime().__version__)
+
+
+def _asked_threads() -> int:
+    """What OMP_NUM_THREADS asks for; onnxruntime does not read it, and takes 0 for its own choice."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() else 0
 
 
 def _import_onnxruntime() -> ModuleType:

@@ -239,3 +239,14 @@ def test_a_native_crash_is_an_error_and_not_ours(tmp_path: Path, monkeypatch: py
     with pytest.raises(ChildCrashError) as caught:
         run_onnx(model, feeds, tmp_path / "o")
     assert caught.value.signal == "SIGSEGV"
+
+
+@pytest.mark.parametrize("asked", ["1", "3", "5,2"])
+def test_omp_num_threads_holds_for_onnxruntime_too(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = Path("/proc/self/task")
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    before = len(list(tasks.iterdir()))
+    runner = OnnxRuntimeRunner(AFFINE)
+    # The calling thread is one of them.
+    assert len(list(tasks.iterdir())) - before == int(asked.partition(",")[0]) - 1
+    assert runner.name == "onnxruntime"
