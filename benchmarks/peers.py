@@ -213,7 +213,7 @@ def first_output(result: Any) -> Any:
 
 
 def child(*arguments: str, timeout: float, threads: int | None = None) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ
     command = [sys.executable, __file__, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, env=environment)
 
