@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import _ctypes
+import ctypes
 import math
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from trtforge.calibration.count import (
     BINS,
     INFINITY_BITS,
     MIN_EXPONENT,
+    Kernel,
     count_numpy,
     count_while_below,
     native_kernel,
@@ -166,6 +170,42 @@ def test_compiled_loop_stops_before_the_block_that_needs_a_wider_grid() -> None:
     assert 0 < done <= 9_000
     assert counts[1] == done
     assert bits == np.float32(1).view(np.uint32)
+
+
+@pytest.fixture(scope="module", params=["for this CPU", "for any"])
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernel:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    library = tmp_path_factory.mktemp("count") / "count.so"
+    plain = ["-DENCODE=encode"] if request.param == "for any" else []
+    source = Path(count.__file__).with_name("count.c")
+    subprocess.run([compiler, "-O3", "-shared", "-fPIC", *plain, str(source), "-o", str(library)], check=True)
+    return count._bind(ctypes.CDLL(str(library)))
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 15, 16, 17, 1023, 1024, 1025, 100_003])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99, 1.0])
+def test_compiled_loops_count_like_numpy_whatever_the_share_of_zeros(compiled: Kernel, size: int, share: float) -> None:
+    rng = np.random.default_rng(size)
+    array = rng.standard_normal(size).astype(np.float32)
+    array[rng.random(size) < share] = 0
+    array[rng.random(size) < 0.1] = -0.0
+    array[rng.random(size) < 0.1] = 6  # saturated
+    for start in range(min(size, 3)):  # not on a boundary of vectors
+        found, wanted = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
+        assert compiled(array[start:], -8, found) == count_numpy(array[start:], -8, wanted)
+        assert np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf, 8.0, -8.0, 1e30])
+def test_compiled_loops_see_what_does_not_fit_wherever_it_stands(compiled: Kernel, bad: float) -> None:
+    for place in [*range(40), 1023]:
+        array = np.zeros(1024, np.float32)
+        array[place] = bad
+        counts = np.zeros(BINS, np.int64)
+        assert compiled(array, -8, counts) == (0, 0)
+        assert not counts.any()
 
 
 @pytest.fixture
