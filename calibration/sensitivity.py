@@ -9,7 +9,6 @@ thread takes 0.27 s as plain Q/DQ, 0.58 s with each layer inside an If, 0.53 s w
 from __future__ import annotations
 
 import heapq
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from trtforge.runtime.errors import CalibrationError
 from trtforge.runtime.graph import node_refs
 from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
 from trtforge.runtime.precision import NodeRef, PrecisionPlan, Rule
+from trtforge.runtime.publish import scratch_folder
 from trtforge.runtime.runner import Tensors
 
 __all__ = ["LayerGain", "OnEvent", "Score", "Sensitivity", "keep_in_float", "rank_layers", "score_plan", "worst_sqnr"]
@@ -287,8 +287,8 @@ class _Bench:
         size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
         if size < _LARGEST_MESSAGE:
             return self._run_all(ir.to_proto(model).SerializeToString())
-        with tempfile.TemporaryDirectory(prefix="trtforge-sensitivity-") as folder:
-            path = Path(folder) / "variant.onnx"
+        with scratch_folder() as folder:
+            path = folder / "variant.onnx"
             ir.save(model, path, external_data="variant.onnx.data")
             return self._run_all(path)
 

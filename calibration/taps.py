@@ -9,7 +9,6 @@ first batch proves it on both graphs; a tensor that differs (blocks padded with 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ import numpy as np
 from trtforge.calibration.histogram import Histogram
 from trtforge.runtime.errors import CalibrationError
 from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
+from trtforge.runtime.publish import scratch_folder
 from trtforge.runtime.runner import Array, Tensors
 from trtforge.runtime.suggest import nearest
 
@@ -69,8 +69,8 @@ class Taps:
             return
         _choose_outputs(proto, self._names)
         weights = _detach_weights(proto)
-        with tempfile.TemporaryDirectory(prefix="trtforge-taps-") as folder:
-            written = Path(folder) / "optimized.onnx"
+        with scratch_folder() as folder:
+            written = folder / "optimized.onnx"
             optimized = written if provider == "cpu" and _total_size(model) < _BLOCKED_LIMIT else None
             self._runner = OnnxRuntimeRunner(
                 proto.SerializeToString(),

@@ -178,8 +178,10 @@ def _try(bench: Workbench, plan: PrecisionPlan, kind: Precision, search: Search)
     if kind in QUANTIZED:
         units = _sort_by_work(units)
     feeds = bench.calibration_feeds() if kind in QUANTIZED else bench.failing_feeds(plain)
-    measurements = search.evaluations - search.looks
-    groups = rank_units(units, bench.harm(kind, plan.base, feeds), max(measurements, 1))
+    harm = bench.harm(kind, plan.base, feeds)
+    if harm is None:
+        return row(plan, plain)
+    groups = rank_units(units, harm, max(search.evaluations - search.looks, 1))
 
     def mended(kept: Sequence[Group]) -> PrecisionPlan:
         rules = bench.rules(kept, kind, high)

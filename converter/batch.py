@@ -111,9 +111,9 @@ def convert_changed(
 ) -> list[Outcome]:
     """Converts the models that changed to `output/NAME`; goes on after a failure.
 
-    One model is converted in this process: a batch's child is exactly that, and a process around it would only cost
-    its start. Several run in a process each, so that neither a crash, nor memory, nor modules of the same name pass
-    from one to the next.
+    One model is converted in this process: a batch's child is exactly that, and the command's watcher outlives its
+    crash. Several run in a process each, so that neither a crash, nor memory, nor modules of the same name pass from
+    one to the next.
 
     Args:
         file: Where `configs` come from.

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from trtforge.converter.batch import Failure, Outcome
 from trtforge.converter.batch_link import VARIABLE, read_event
+from trtforge.converter.crash import explain_end
 from trtforge.converter.manifest import read_manifest
 from trtforge.converter.progress import Event
 from trtforge.runtime.child import child_environment, module_command
@@ -205,18 +206,16 @@ def _outcome(child: _Child) -> Outcome:
 
 
 def _died(child: _Child, code: int) -> Failure:
-    """No answer: the process crashed natively or was killed, or it never got as far as this model."""
+    """No answer: the process was killed together with its watcher, or it never got as far as this model."""
     said = "".join(f"\n    {line}" for line in child.tail)
     if 0 < code <= 5:
         return Failure("TrtForgeError", f"the process of {child.asked.name} ended with code {code}:{said}", "", code)
-    ended = f"ended with code {code}"
+    name = ""
     if code < 0:
         with contextlib.suppress(ValueError):
-            ended = f"was ended by {signal.Signals(-code).name}"
-    why = "most often memory ran out" if code == -signal.SIGKILL else f"its last words:{said or ' none'}"
-    fix = "fewer --jobs, or free memory" if code == -signal.SIGKILL else "convert it alone with --only, or report it"
-    message = f"the process that converts {child.asked.name} {ended} without an answer\n  why: {why}\n  fix: {fix}"
-    return Failure("ChildCrashError", message, child.stage, 3)
+            name = signal.Signals(-code).name
+    error = explain_end(f"the process that converts {child.asked.name}", name, said=child.tail)
+    return Failure("ChildCrashError", str(error), child.stage, 3)
 
 
 def _stop(running: Sequence[_Child], output: Path) -> None:

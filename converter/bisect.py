@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from trtforge.runtime.errors import ArtifactError, ConfigError, MissingDependenc
 from trtforge.runtime.graph import META_LINE, OnnxModel, describe_model, load_graph, node_module
 from trtforge.runtime.onnx_runner import onnxruntime_version
 from trtforge.runtime.precision import PrecisionPlan, Rule
-from trtforge.runtime.publish import hash_file
+from trtforge.runtime.publish import hash_file, scratch_folder
 from trtforge.runtime.runner import Tensors
 from trtforge.runtime.suggest import nearest
 from trtforge.runtime.trt.backend import Backend, capabilities_of, find_backend
@@ -93,8 +92,8 @@ def bisect_on(folder: Path, on: str, stages: Stages) -> Finding:
             )
         return bisect_folder(folder, stages)
     tf32 = bool(read_manifest(folder, check_files=False).facts["engine"]["tf32"])
-    with tempfile.TemporaryDirectory(prefix="trtforge-bisect-") as work:
-        opener = engine_opener(backend.name, Path(work), tf32=tf32)
+    with scratch_folder() as work:
+        opener = engine_opener(backend.name, work, tf32=tf32)
         return bisect_folder(folder, stages, open_candidate=opener, runner=f"{backend.name} {backend.version}")
 
 

@@ -133,12 +133,18 @@ class Workbench:
         total = sum(self.macs.values()) or 1
         return [Unit(name, self.macs.get(name, 0) / total) for name in found]
 
-    def harm(self, low: Precision, base: Precision, feeds: Path) -> Callable[[Sequence[Unit]], float]:
-        """Measures layers alone in `low`, all else in float32, on the samples in `feeds`; `base` is the plans'."""
-        truth = self.bench.work / "harm-truth.safetensors"
-        run_onnx(self.reference.path, feeds, truth, disable_quant_qdq=True)
-        wanted = load_outputs(truth)
+    def harm(self, low: Precision, base: Precision, feeds: Path) -> Callable[[Sequence[Unit]], float] | None:
+        """Measures layers alone in `low`, all else in float32, on the samples in `feeds`; `base` is the plans'.
 
+        None, with a note, where the float graph itself does not run on these samples.
+        """
+        truth = self.bench.work / "harm-truth.safetensors"
+        try:
+            run_onnx(self.reference.path, feeds, truth, disable_quant_qdq=True)
+        except (ChildCrashError, ParityError) as error:
+            self.bench.stages.note(f"{low} is not mended: on its samples the float graph does not run: {error.what}")
+            return None
+        wanted = load_outputs(truth)
         whole = self.quantization(replace(self._user_plan(low), base=base)) if low in QUANTIZED else None
 
         def measure(units: Sequence[Unit]) -> float:
@@ -156,7 +162,7 @@ class Workbench:
             results = self.bench.work / "harm.safetensors"
             try:
                 run_onnx(run.path, feeds, results, disable_quant_qdq=True)
-            except ChildCrashError:
+            except (ChildCrashError, ParityError):
                 return math.inf
             return _relative_power(wanted, load_outputs(results))
 

@@ -6,11 +6,14 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-__all__ = ["app", "main"]
+if TYPE_CHECKING:
+    from trtforge.runtime.watch import Crash
+
+__all__ = ["app", "main", "run"]
 
 app = typer.Typer(
     name="trtforge",
@@ -252,9 +255,17 @@ def calibrate(
     )
 
 
-def main() -> None:
-    """The console script: maps errors to exit codes; a traceback is shown for a bug only."""
+def run() -> None:
+    """The console script: `main` in a process that another one watches."""
     _in_utf8()
+    from trtforge.runtime.watch import keep_watch
+
+    keep_watch(_tell_crash)
+    main()
+
+
+def main() -> None:
+    """The command line in this process: maps errors to exit codes; a traceback is shown for a bug only."""
     from trtforge.converter.stopping import Stopped, stops_cleanly
     from trtforge.runtime.errors import TrtForgeError
 
@@ -271,6 +282,12 @@ def main() -> None:
         sys.exit(stopped.exit_code)
 
 
+def _tell_crash(crash: Crash) -> int:
+    from trtforge.converter.crash import tell_crash
+
+    return tell_crash(crash)
+
+
 def _in_utf8() -> None:
     """Starts again in UTF-8 mode under a locale that is not UTF-8: native libraries take paths in UTF-8 alone."""
     if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
@@ -281,4 +298,4 @@ def _in_utf8() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run()

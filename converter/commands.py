@@ -19,14 +19,17 @@ from trtforge.converter.terminal import (
     print_text,
 )
 from trtforge.runtime.errors import ConfigError, TrtForgeError
+from trtforge.runtime.watch import note
 
-__all__ = ["bisect", "calibrate", "convert", "export_triton", "inspect", "report", "validate"]
+__all__ = ["bisect", "calibrate", "convert", "export_triton", "inspect", "print_outcomes", "report", "validate"]
 
 
 def convert(file: Path, *, only: str | None, output: Path, jobs: int, force: bool, as_json: bool) -> int:
     """Converts the models of `file` that changed; the exit code is the worst of theirs."""
     link = open_link()
     configs = select_models(file, only)
+    if len(configs) == 1:
+        note(name=configs[0].name, as_json=as_json)
     with only_results_on_stdout(), ProgressView() as view:
 
         def show(name: str, event: Event) -> None:
@@ -59,11 +62,16 @@ def convert(file: Path, *, only: str | None, output: Path, jobs: int, force: boo
             update_index(output)
         except TrtForgeError as error:  # a page about artifacts decides nothing about them
             print_error(error)
+    print_outcomes(outcomes, as_json=as_json)
+    return worst_exit_code(outcomes)
+
+
+def print_outcomes(outcomes: Sequence[Outcome], *, as_json: bool) -> None:
+    """The result of a conversion on stdout."""
     if as_json:
         print_json({"models": {outcome.name: outcome.to_json() for outcome in outcomes}})
     else:
         print_table("", _COLUMNS, [_row(outcome) for outcome in outcomes])
-    return worst_exit_code(outcomes)
 
 
 def validate(path: Path, *, output: Path | None, plugins: Sequence[Path], as_json: bool) -> int:
@@ -77,10 +85,7 @@ def validate(path: Path, *, output: Path | None, plugins: Sequence[Path], as_jso
         artifact = validate_artifact(path, output=output, plugins=plugins, stages=stages)
     facts = dict(artifact.facts)
     outcome = Outcome(artifact.name, artifact.status, artifact.path, stages.seconds, facts=facts)
-    if as_json:
-        print_json({"models": {outcome.name: outcome.to_json()}})
-    else:
-        print_table("", _COLUMNS, [_row(outcome)])
+    print_outcomes([outcome], as_json=as_json)
     return 0
 
 
@@ -94,10 +99,7 @@ def build(path: Path, *, output: Path | None, backend: str | None, plugins: Sequ
         stages = Stages(view.show)
         artifact = build_artifact(path, output=output, backend=backend, plugins=plugins, stages=stages)
     outcome = Outcome(artifact.name, artifact.status, artifact.path, stages.seconds, facts=dict(artifact.facts))
-    if as_json:
-        print_json({"models": {outcome.name: outcome.to_json()}})
-    else:
-        print_table("", _COLUMNS, [_row(outcome)])
+    print_outcomes([outcome], as_json=as_json)
     return 0
 
 
@@ -185,6 +187,7 @@ def calibrate(
     request = Ask(output, shard=parse_shard(shard) if shard else None, merge=merge, **ask)
     with ProgressView() as view:
         view.name = configs[0].name
+        note(name=view.name)
         done = calibrate_model(configs[0], request, Stages(view.show))
     if as_json:
         print_json(done.facts)

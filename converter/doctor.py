@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from trtforge.converter.inventory import REQUIRED, take_inventory, version_of
 from trtforge.runtime.child import child_environment, module_command
 from trtforge.runtime.device import device_facts
 from trtforge.runtime.errors import ArtifactError, MissingDependencyError
+from trtforge.runtime.publish import scratch_folder
 from trtforge.runtime.trt.backend import BACKENDS, Backend, capabilities_of, find_backend, pip_line
 
 __all__ = ["Diagnosis", "Problem", "diagnose"]
@@ -147,17 +146,17 @@ def _convert_trial() -> tuple[dict[str, Any], Problem | None]:
         },
     }
     try:
-        with tempfile.TemporaryDirectory(prefix="trtforge-doctor-", ignore_cleanup_errors=True) as folder:
-            path = Path(folder, "trial.yaml")
+        with scratch_folder() as folder:
+            path = folder / "trial.yaml"
             path.write_text(json.dumps(file), encoding="utf-8")
-            done = _run([*module_command("trtforge"), "convert", str(path), "--json", "-o", str(Path(folder, "out"))])
+            done = _run([*module_command("trtforge"), "convert", str(path), "--json", "-o", str(folder / "out")])
             try:
                 answer = json.loads(done.stdout)["models"]["trial"]
             except (ValueError, KeyError):  # it died, or is broken beyond answering
                 answer = {"status": "failed", "error": {"message": _last_words(done.stderr), "stage": "start"}}
             trial = {key: answer.get(key) for key in ("status", "seconds")}
             if done.returncode == 0:
-                facts = open_artifact(Path(folder, "out", "trial")).facts
+                facts = open_artifact(folder / "out" / "trial").facts
                 return trial | {"measured": facts.get("measured")}, None
     except OSError as error:
         reason = f"the temporary folder cannot be written: {error.strerror or error}"

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from trtforge.converter.artifact import ENGINE, PROOF, Artifact, open_artifact
 from trtforge.converter.progress import Stages
 from trtforge.converter.triton_config import TritonModel, find_batch_dim, render_config
 from trtforge.runtime.errors import ArtifactError, ConfigError
-from trtforge.runtime.publish import hash_file, publish_folder, staging_folder
+from trtforge.runtime.publish import hash_file, publish_folder, scratch_folder, staging_folder
 
 __all__ = ["Exported", "export_triton"]
 
@@ -189,8 +188,8 @@ def _row_difference(artifact: Artifact, batch: str) -> float | None:
         return None
     feeds = {f"all/{key}": array for key, array in sample.inputs.items()}
     feeds |= {f"one/{key}": np.ascontiguousarray(array[:1]) for key, array in sample.inputs.items()}
-    with tempfile.TemporaryDirectory(prefix="trtforge-") as work:
-        given, got = Path(work, "rows.safetensors"), Path(work, "outputs.safetensors")
+    with scratch_folder() as work:
+        given, got = work / "rows.safetensors", work / "outputs.safetensors"
         save_tensors(given, feeds, {})
         run_onnx(artifact.reference, given, got, disable_quant_qdq=True)
         results = load_outputs(got)

@@ -10,6 +10,7 @@ from typing import Any
 
 from trtforge.runtime.errors import TrtForgeError
 from trtforge.runtime.faults import explain_os_error
+from trtforge.runtime.watch import note
 
 __all__ = ["Event", "OnEvent", "Stages", "ignore_events"]
 
@@ -54,6 +55,7 @@ class Stages:
     def stage(self, name: str, text: str = "") -> Iterator[None]:
         """Runs a block as the stage `name`; repeated stages add up."""
         self.current = name
+        note(stage=name)
         self.on_event(Event("start", name, text))
         start = time.perf_counter()
         try:

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from typing_extensions import Self
 
-__all__ = ["ProgressView", "only_results_on_stdout", "print_error", "print_json", "print_table", "print_text"]
+__all__ = [
+    "ProgressView",
+    "only_results_on_stdout",
+    "print_error",
+    "print_json",
+    "print_table",
+    "print_text",
+    "reset_terminal",
+]
 
 _OURS = Path(__file__).resolve().parents[1]
 
@@ -97,6 +105,12 @@ def only_results_on_stdout() -> Iterator[None]:
             os.dup2(2, 1)
             stack.callback(os.dup2, kept, 1)
         yield
+
+
+def reset_terminal() -> None:
+    """Takes away a bar that another process has left unfinished, and shows the cursor again."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\x1b[J\x1b[?25h")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

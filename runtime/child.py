@@ -9,7 +9,6 @@ told to (SIGTERM) or when its parent is gone. The parent alone owns temporary fo
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -26,6 +25,7 @@ from typing import Any, TextIO
 
 from trtforge.runtime import errors
 from trtforge.runtime.faults import explain_os_error
+from trtforge.runtime.watch import signal_at_parents_end
 
 __all__ = ["TASKS", "ChildCrashError", "Emit", "OnEvent", "child_environment", "module_command", "run_child"]
 
@@ -53,7 +53,6 @@ _RUN_MODULE = (
     "import runpy, sys; del sys.path[0]; module = sys.argv.pop(1); "
     "runpy.run_module(module, run_name='__main__', alter_sys=True)"
 )
-_PR_SET_PDEATHSIG = 1
 
 
 class ChildCrashError(errors.TrtForgeError):
@@ -250,9 +249,7 @@ def _crashed(task: str, code: int, log: TextIO) -> ChildCrashError:
 
 
 def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal_at_parents_end(signal.SIGKILL)
 
     def watch() -> None:
         with contextlib.suppress(OSError):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trtforge.runtime.errors import ArtifactError
+from trtforge.runtime.watch import note
 
 __all__ = [
     "check_replaceable",
@@ -23,6 +24,7 @@ __all__ = [
     "hash_file",
     "hash_part",
     "publish_folder",
+    "scratch_folder",
     "staging_folder",
     "sweep_stale",
 ]
@@ -74,6 +76,7 @@ def staging_folder(parent: Path) -> Iterator[Path]:
         sweep_stale(parent)
         # Shared with others that stage, against those that sweep: making and locking a folder are two steps.
         with _locked(parent, fcntl.LOCK_SH):
+            note(staging=str(parent.absolute()))
             path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=parent))
             lock = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -86,6 +89,14 @@ def staging_folder(parent: Path) -> Iterator[Path]:
     finally:
         _remove(path)
         os.close(lock)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder elsewhere, for what is never published; deleted after a crash of the command too."""
+    with tempfile.TemporaryDirectory(prefix="trtforge-", ignore_cleanup_errors=True) as name:
+        note(scratch=name)
+        yield Path(name)
 
 
 def sweep_stale(parent: Path) -> None:

@@ -1,5 +1,5 @@
 """`python -m trtforge` is the command line."""
 
-from trtforge.converter.cli import main
+from trtforge.converter.cli import run
 
-main()
+run()

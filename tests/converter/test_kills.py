@@ -85,7 +85,6 @@ def test_sigkill_at_a_stage_leaves_the_older_artifact_and_the_next_run_sweeps(st
         ("build", signal.SIGKILL, 3, "was killed (SIGKILL) while starting"),
         pytest.param("build", signal.SIGSEGV, 3, "crashed natively (SIGSEGV)", marks=pytest.mark.slow),
         pytest.param("build", signal.SIGABRT, 3, "crashed natively (SIGABRT)", marks=pytest.mark.slow),
-        ("search", signal.SIGKILL, 3, "the child process of onnx.run was ended by SIGKILL"),
         pytest.param("export", signal.SIGSEGV, 3, "onnxruntime crashed on", marks=pytest.mark.slow),
         pytest.param("prove", signal.SIGKILL, 4, "onnxruntime crashed on the export ONNX", marks=pytest.mark.slow),
         pytest.param("prove", signal.SIGSEGV, 4, "onnxruntime crashed on the export ONNX", marks=pytest.mark.slow),
@@ -94,8 +93,6 @@ def test_sigkill_at_a_stage_leaves_the_older_artifact_and_the_next_run_sweeps(st
 def test_a_child_s_death_is_an_error_with_a_way_out(
     standing: Path, stage: str, number: signal.Signals, code: int, said: str
 ) -> None:
-    if stage == "search":
-        write_tiny(standing, {"tiny": entry(precision="auto")})
     before = tree(standing / "artifacts" / "tiny")
     done = convert(standing, driver=(ASSASSIN, stage, "child", str(int(number))))
     assert done.returncode == code, done.stderr
@@ -138,6 +135,19 @@ def test_death_of_the_child_that_runs_the_engine(standing: Path, number: signal.
     assert "Traceback" not in done.stderr
     assert tree(standing / "artifacts" / "tiny") == before
     assert os.listdir(standing / "artifacts") == ["tiny"]
+
+
+def test_a_candidate_whose_float_graph_does_not_run_is_not_mended(standing: Path) -> None:
+    """All children of the search die; of the later stages, which prove what was chosen, none does."""
+    write_tiny(standing, {"tiny": entry(precision="auto")})
+    done = convert(standing, driver=(ASSASSIN, "search", "child", str(int(signal.SIGKILL))))
+    assert done.returncode == 0, done.stderr
+    for kind in ("bf16", "fp16"):
+        assert f"{kind} does not pass: onnxruntime crashed on the precision ONNX" in done.stderr
+        assert re.search(f"note: {kind} is not mended: .* onnx.run was ended by SIGKILL", done.stderr)
+    assert "Traceback" not in done.stderr
+    assert os.listdir(standing / "artifacts") == ["tiny"]
+    assert trtforge.open_artifact(standing / "artifacts" / "tiny").facts["precision"] == "fp32"
 
 
 # Ends its own process while the pipeline is at a stage. `made` is loaded, traced and run by the batch's child.
