@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import queue
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from trtforge.calibration.histogram import Histogram, merge
@@ -16,6 +19,7 @@ from trtforge.calibration.stream import (
     split_units,
     splits_samples,
 )
+from trtforge.calibration.tally import Tally
 from trtforge.calibration.taps import Taps
 from trtforge.runtime.errors import CalibrationError
 from trtforge.runtime.graph import OnnxModel
@@ -111,10 +115,19 @@ def collect(
     if by_sample is None:
         by_sample = splits_samples(model, provider)
     count = (workers if by_sample else None) or count_workers(by_sample=by_sample)
-    taps = Taps(model.path, tensors, threads=1 if by_sample else None, provider=provider)
     units = split_units(batches, by_sample=by_sample)
     mine = (unit for number, unit in enumerate(units) if shard.holds(number))
-    found = _run(taps, tensors, mine, count, on_samples)
+    with ThreadPoolExecutor(1, thread_name_prefix="taps") as aside:
+        make = functools.partial(Taps, model.path, tensors, threads=1 if by_sample else None, provider=provider)
+        making = aside.submit(make)
+        try:
+            first = next(mine, None)  # the loader begins while the session is made
+        finally:
+            taps = making.result()
+        settling = aside.submit(taps.settle, first.feeds) if first is not None else None
+        found = _run(taps, tensors, mine if first is None else itertools.chain([first], mine), count, on_samples)
+        if settling is not None:
+            settling.result()
     if found.samples == 0:
         raise CalibrationError(
             f"shard {shard.index}/{shard.total} has no samples",
@@ -203,40 +216,38 @@ def _check_complete(shards: Sequence[Shard]) -> None:
         raise CalibrationError(f"the parts are not the whole data; {what}", fix="merge each of the shards once")
 
 
+@dataclass(slots=True)
+class _Seat:
+    """What a worker has to itself; `state` has no histograms yet."""
+
+    read: Callable[[Tensors], dict[str, Array]]
+    tally: Tally
+    state: Collected
+
+
 def _run(
     taps: Taps, tensors: Sequence[str], units: Iterable[Unit], workers: int, on_samples: OnSamples | None
 ) -> Collected:
-    states: queue.SimpleQueue[Collected] = queue.SimpleQueue()
+    seats: queue.SimpleQueue[_Seat] = queue.SimpleQueue()
     for _ in range(workers):
-        states.put(Collected({name: Histogram() for name in tensors}))
+        seats.put(_Seat(taps.reader(), Tally(tensors), Collected({})))
 
     def work(unit: Unit) -> int:
-        state = states.get()
+        seat = seats.get()
         try:
-            _take(state, taps.run(unit.feeds), unit)
+            seat.tally.add(seat.read(unit.feeds), unit.where)
+            _note(seat.state, unit)
         finally:
-            states.put(state)
+            seats.put(seat)
         return unit.samples
 
-    run_units(_settled(taps, units), work, workers, on_samples)
-    whole = states.get()
-    for _ in range(workers - 1):
-        _add(whole, states.get())
+    run_units(units, work, workers, on_samples)
+    whole = Collected({name: Histogram() for name in tensors})
+    for _ in range(workers):
+        seat = seats.get()
+        seat.state.histograms = seat.tally.histograms()
+        _add(whole, seat.state)
     return whole
-
-
-def _settled(taps: Taps, units: Iterable[Unit]) -> Iterator[Unit]:
-    """The units; the first has settled the taps before any of them runs."""
-    for number, unit in enumerate(units):
-        if number == 0:
-            taps.settle(unit.feeds)
-        yield unit
-
-
-def _take(state: Collected, activations: Mapping[str, Array], unit: Unit) -> None:
-    for name, array in activations.items():
-        state.histograms[name].add(array, where=f"tensor {name!r} in {unit.where}")
-    _note(state, unit)
 
 
 def _note(state: Collected, unit: Unit) -> None:

@@ -101,24 +101,33 @@ AVX2 static void encode_avx2(const float *restrict x, long n, float scale, block
 #define ENCODE ENCODE_HERE
 #endif
 
-/* Counts x[0], x[1], ... as long as every |x| in a block has bits below `limit`, and stops before the first other block.
- * At most 2**32 - 1 elements at a time. Returns how many it has counted; *peak becomes the bits of the largest |x| of
- * those, where that is larger. */
-long trtforge_count(const float *x, long n, float scale, uint32_t limit, int64_t *counts, uint32_t *peak)
+typedef struct {
+    const float *x;
+    int64_t size;     /* 2**32 - 1 at most */
+    int64_t *counts;  /* of BINS; changed */
+    float scale;      /* 1 / the width of a bin */
+    uint32_t limit;   /* the bits of the smallest |x| that is too large */
+    uint32_t peak;    /* changed: the bits of the largest |x| counted, where that is larger */
+    int64_t done;     /* set: how many were counted */
+} job;
+
+/* Counts x[0], x[1], ... as long as every |x| in a block has bits below the limit, and stops before the first other
+ * block. */
+static void count(job *of)
 {
     void (*const encode_block)(const float *restrict, long, float, block *restrict) = ENCODE;
     uint32_t tables[TABLES][BINS];
     block found;
-    long done = 0;
 
     memset(tables, 0, sizeof tables);
-    while (done < n) {
-        long size = n - done < BLOCK ? n - done : BLOCK;
-        encode_block(x + done, size, scale, &found);
-        if (found.top >= limit)
+    of->done = 0;
+    while (of->done < of->size) {
+        long size = of->size - of->done < BLOCK ? (long)(of->size - of->done) : BLOCK;
+        encode_block(of->x + of->done, size, of->scale, &found);
+        if (found.top >= of->limit)
             break;
-        *peak = found.top > *peak ? found.top : *peak;
-        counts[0] += size - found.kept;
+        of->peak = found.top > of->peak ? found.top : of->peak;
+        of->counts[0] += size - found.kept;
         long i = 0;
         for (; i + TABLES <= found.kept; i += TABLES) {
             uint64_t four; /* one load for four codes */
@@ -130,10 +139,16 @@ long trtforge_count(const float *x, long n, float scale, uint32_t limit, int64_t
         }
         for (; i < found.kept; i++)
             tables[0][found.codes[i]]++;
-        done += size;
+        of->done += size;
     }
     for (int t = 0; t < TABLES; t++)
         for (int b = 0; b < BINS; b++)
-            counts[b] += tables[t][b];
-    return done;
+            of->counts[b] += tables[t][b];
+}
+
+/* All in one call: between two calls a thread waits for the interpreter. */
+void trtforge_count_jobs(job *jobs, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        count(&jobs[i]);
 }

@@ -5,8 +5,9 @@ core (Sapphire Rapids), nanoseconds an element: `count.c` 0.33 (0.88 without AVX
 core, before it left out zeros: `count.c` 0.4, numpy as in `count_numpy` 1.7 to 2.2, `torch.bincount` of int16 1.5 to 3,
 scipy's `coo_todense` 0.9 and its int32 codes 0.25; within onnxruntime ScatterElements 4.5, ScatterND 5, TfIdfVectorizer
 18, Unique 41; sorting uint16 7 and more; `np.histogram` 20. numpy holds the interpreter's lock while it counts, so that
-two threads count no faster than one; `count.c` does not. It is compiled where the package is installed, if there is a
-compiler, and never later. Without it numpy counts, to the same last one; `TRTFORGE_NATIVE=0` asks for that.
+two threads count no faster than one; `count.c` does not, and takes all arrays of a sample in one call. It is compiled
+where the package is installed, if there is a compiler, and never later. Without it numpy counts, to the same last one;
+`TRTFORGE_NATIVE=0` asks for that.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from numpy.typing import NDArray
 __all__ = [
     "BINS",
     "INFINITY_BITS",
+    "JOB",
     "MIN_EXPONENT",
-    "Kernel",
+    "CountJobs",
     "count_numpy",
+    "count_one",
     "count_while_below",
+    "job_grid",
     "native_kernel",
     "peak_bits",
 ]
@@ -44,7 +48,13 @@ _LIBRARY = "_count.abi3.so"
 
 Floats = NDArray[np.float32]
 Counts = NDArray[np.int64]
-Kernel = Callable[[Floats, int, Counts], tuple[int, int]]
+CountJobs = Callable[[NDArray[np.void]], None]
+
+JOB = np.dtype(
+    [("x", "u8"), ("size", "i8"), ("counts", "u8"), ("scale", "f4"), ("limit", "u4"), ("peak", "u4"), ("done", "i8")],
+    align=True,
+)
+"""`job` in `count.c`: an array to be counted. `x` and `counts` are addresses."""
 
 
 def peak_bits(flat: Floats) -> int:
@@ -70,7 +80,7 @@ def count_while_below(flat: Floats, exponent: int, counts: Counts) -> tuple[int,
         infinite or NaN is in none of them.
     """
     kernel = native_kernel() if exponent >= _SMALLEST_SCALED else None
-    return (kernel or count_numpy)(flat, exponent, counts)
+    return count_numpy(flat, exponent, counts) if kernel is None else count_one(kernel, flat, exponent, counts)
 
 
 def count_numpy(flat: Floats, exponent: int, counts: Counts) -> tuple[int, int]:
@@ -99,8 +109,8 @@ def _limit_bits(exponent: int) -> int:
 
 
 @functools.cache
-def native_kernel() -> Kernel | None:
-    """`count_while_below` in C, for exponents of -126 and more; None unless compiled at installation and wanted."""
+def native_kernel() -> CountJobs | None:
+    """The compiled loop, over any number of jobs; None unless it was compiled at installation and is wanted."""
     if os.environ.get("TRTFORGE_NATIVE") == "0":
         return None
     try:
@@ -110,29 +120,31 @@ def native_kernel() -> Kernel | None:
     return kernel if _agrees(kernel) else None
 
 
-def _bind(library: ctypes.CDLL) -> Kernel:
-    function = library.trtforge_count
-    function.restype = ctypes.c_long
-    function.argtypes = [
-        ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_void_p,
-    ]  # fmt: skip
+def _bind(library: ctypes.CDLL) -> CountJobs:
+    function = library.trtforge_count_jobs
+    function.restype = None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64]
 
-    def count(flat: Floats, exponent: int, counts: Counts) -> tuple[int, int]:
-        peak = ctypes.c_uint32(0)
-        done = function(
-            flat.ctypes.data,
-            flat.size,
-            2.0**-exponent,
-            _limit_bits(exponent),
-            counts.ctypes.data,
-            ctypes.byref(peak),
-        )
-        return int(done), peak.value
+    def count(jobs: NDArray[np.void]) -> None:
+        function(jobs.ctypes.data, len(jobs))
 
     return count
 
 
-def _agrees(kernel: Kernel) -> bool:
+def count_one(count_jobs: CountJobs, flat: Floats, exponent: int, counts: Counts) -> tuple[int, int]:
+    """`count_while_below` by the compiled loop."""
+    jobs = np.zeros(1, JOB)
+    jobs[0] = (flat.ctypes.data, flat.size, counts.ctypes.data, *job_grid(exponent), 0, 0)
+    count_jobs(jobs)
+    return int(jobs["done"][0]), int(jobs["peak"][0])
+
+
+def job_grid(exponent: int) -> tuple[float, int]:
+    """`scale` and `limit` of a job; bins narrower than 2**-126 take nothing, and are left to numpy."""
+    return (2.0**-exponent, _limit_bits(exponent)) if exponent >= _SMALLEST_SCALED else (0.0, 0)
+
+
+def _agrees(kernel: CountJobs) -> bool:
     """Whether the compiled loop counts as numpy does: a stale or ill-compiled one is not used."""
     values = np.random.default_rng(0).standard_normal(10_007).astype(np.float32)
     values[::3] = 0
@@ -140,7 +152,7 @@ def _agrees(kernel: Kernel) -> bool:
     found, expected = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
     whole = values[:-1]
     return (
-        kernel(whole, -8, found) == count_numpy(whole, -8, expected)
+        count_one(kernel, whole, -8, found) == count_numpy(whole, -8, expected)
         and bool(np.array_equal(found, expected))
-        and kernel(values[-5:], -8, found) == (0, 0)
+        and count_one(kernel, values[-5:], -8, found) == (0, 0)
     )

@@ -18,7 +18,7 @@ from trtforge.calibration.count import BINS, INFINITY_BITS, MIN_EXPONENT, count_
 from trtforge.runtime.errors import CalibrationError
 from trtforge.runtime.runner import Array
 
-__all__ = ["BINS", "Histogram", "merge"]
+__all__ = ["BINS", "Histogram", "as_float32", "merge"]
 
 _LOG_BINS = 11
 
@@ -52,13 +52,15 @@ class Histogram:
         """How many bins reach from zero to the peak, both included: more than BINS / 2 unless the peak is subnormal."""
         return int(math.ldexp(self.peak, -self.exponent)) + 1
 
-    def add(self, array: Array, *, where: str = "an array") -> None:
+    def add(self, array: Array, *, where: str = "an array", start: int = 0) -> None:
         """Counts every element of a floating-point array of any shape; float64 is rounded to float32 first.
+
+        Of a C-contiguous one the first `start` elements are left out.
 
         Raises:
             CalibrationError: an element is infinite or NaN (`where` says whose), or the array is not of floats.
         """
-        flat = _as_float32(array, where)
+        flat = as_float32(array, where)[start:]
         while flat.size:
             done, bits = count_while_below(flat, self.exponent, self.counts)
             self.peak = max(self.peak, _float(bits))
@@ -114,7 +116,12 @@ def _exponent_of(peak: float) -> int:
     return max(math.frexp(peak)[1] - _LOG_BINS, MIN_EXPONENT)
 
 
-def _as_float32(array: Array, where: str) -> NDArray[np.float32]:
+def as_float32(array: Array, where: str) -> NDArray[np.float32]:
+    """The elements in one dimension, C-contiguous; no copy where the array is so already.
+
+    Raises:
+        CalibrationError: the array is not of floats.
+    """
     if array.dtype == np.float32:
         return np.ascontiguousarray(array, np.float32).reshape(-1)
     # bfloat16 is a type of ml_dtypes, whose `kind` is "V"; all that convert to float32 exactly are welcome here.

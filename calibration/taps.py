@@ -9,7 +9,7 @@ first batch proves it on both graphs; a tensor that differs (blocks padded with 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,18 +61,18 @@ class Taps:
         _check_known(proto, tensors, fed)
         self._threads, self._provider = threads, provider
         self._fed = tuple(name for name in tensors if name in fed)
-        self._names = {name: name for name in tensors if name not in fed}
-        """Tensor by the output that carries it."""
-        self._runner: OnnxRuntimeRunner | None = None
+        names = {name: name for name in tensors if name not in fed}
+        self._current: tuple[OnnxRuntimeRunner, dict[str, str]] | None = None
+        """A session, and the tensor that each of its outputs carries."""
         self._optimized: onnx.ModelProto | None = None
-        if not self._names:
+        if not names:
             return
-        _choose_outputs(proto, self._names)
+        _choose_outputs(proto, names)
         weights = _detach_weights(proto)
         with scratch_folder() as folder:
             written = folder / "optimized.onnx"
             optimized = written if provider == "cpu" and _total_size(model) < _BLOCKED_LIMIT else None
-            self._runner = OnnxRuntimeRunner(
+            runner = OnnxRuntimeRunner(
                 proto.SerializeToString(),
                 threads=threads,
                 provider=provider,
@@ -80,44 +80,46 @@ class Taps:
                 weights=weights,
                 optimized=optimized,
             )
+            self._current = runner, names
             if written.exists():
                 self._optimized = onnx.load(written)
 
     def settle(self, feeds: Tensors) -> None:
-        """Looks on one batch for tensors that may leave the runtime in blocks; to be called before the threads start.
+        """Looks on one batch for tensors that may leave the runtime in blocks. Others may run in the meantime.
 
         Raises:
             ParityError: onnxruntime failed on it.
         """
         proto, self._optimized = self._optimized, None
-        if proto is None or self._runner is None:
+        if proto is None or self._current is None:
             return
+        plain_runner, names = self._current
         weights = _detach_weights(proto)
         try:
-            plain = {name: _state(array) for name, array in self._runner.run_borrowed(feeds).items()}
-            chosen = {name for name in self._names if name in plain}
+            plain = {name: _state(array) for name, array in plain_runner.run_borrowed(feeds).items()}
+            chosen = {name for name in names if name in plain}
             for _ in range(2):  # all of them, then those that proved equal
-                runner, outputs = self._run_blocked(proto, chosen, weights)
+                runner, outputs = self._run_blocked(proto, chosen, names, weights)
                 found = {outputs[name]: _state(array) for name, array in runner.run_borrowed(feeds).items()}
                 equal = {name for name in plain if found[name] == plain[name]}
                 if equal == plain.keys():
-                    self._runner, self._names = runner, outputs
+                    self._current = runner, outputs
                     return
                 chosen &= equal
         except CalibrationError:
             return  # activations that are not finite: the run itself says so, with tensor and batch
 
     def _run_blocked(
-        self, proto: onnx.ModelProto, names: Iterable[str], weights: Tensors
+        self, proto: onnx.ModelProto, chosen: Iterable[str], names: Iterable[str], weights: Tensors
     ) -> tuple[OnnxRuntimeRunner, dict[str, str]]:
-        """The optimized graph without the reorders of `names`; and the tensor that each of its outputs carries."""
+        """The optimized graph without the reorders of `chosen`; and the tensor that each of its outputs carries."""
         import onnx
 
         graph = onnx.ModelProto()
         graph.CopyFrom(proto)
-        blocked = _cut_reorders(graph, names)
+        blocked = _cut_reorders(graph, chosen)
         runner = OnnxRuntimeRunner(graph.SerializeToString(), optimize=False, threads=self._threads, weights=weights)
-        return runner, {blocked.get(name, name): name for name in self._names}
+        return runner, {blocked.get(name, name): name for name in names}
 
     def run(self, feeds: Tensors) -> dict[str, Array]:
         """The tensors by name; elements may come in any order, and shapes with them.
@@ -125,11 +127,34 @@ class Taps:
         Raises:
             ParityError: onnxruntime failed.
         """
+        current = self._current
+        return self._gather(feeds, current, current[0].run_borrowed if current is not None else None)
+
+    def reader(self) -> Callable[[Tensors], dict[str, Array]]:
+        """`run` for one thread, whose arrays hold until the next call: most then lie in the same memory again."""
+        used: tuple[OnnxRuntimeRunner, dict[str, str]] | None = None
+        run: Callable[[Tensors], dict[str, Array]] | None = None
+
+        def read(feeds: Tensors) -> dict[str, Array]:
+            nonlocal used, run
+            current = self._current
+            if current is not used and current is not None:
+                used, run = current, current[0].run_in_place()
+            return self._gather(feeds, current, run)
+
+        return read
+
+    def _gather(
+        self,
+        feeds: Tensors,
+        current: tuple[OnnxRuntimeRunner, dict[str, str]] | None,
+        run: Callable[[Tensors], dict[str, Array]] | None,
+    ) -> dict[str, Array]:
         found = {name: feeds[name] for name in self._fed}
-        if self._runner is not None:
-            wanted = {spec.name: feeds[spec.name] for spec in self._runner.inputs}
-            outputs: Mapping[str, Array] = self._runner.run_borrowed(wanted)
-            found.update({self._names[output]: array for output, array in outputs.items()})
+        if current is not None and run is not None:
+            runner, names = current
+            outputs = run({spec.name: feeds[spec.name] for spec in runner.inputs})
+            found.update({names[output]: array for output, array in outputs.items()})
         return found
 
 

@@ -142,6 +142,39 @@ class OnnxRuntimeRunner:
         """As `run`, but arrays may lie in onnxruntime's memory, which they keep: nothing is copied. No bfloat16."""
         return {name: value.numpy() for name, value in self._run(feeds).items()}
 
+    def run_in_place(self) -> Callable[[Tensors], dict[str, Array]]:
+        """`run_borrowed` for one thread: as long as shapes stay, the outputs of a call lie where the last one's lay.
+
+        So they hold until the next call. With 52 outputs this saves a tenth of MobileNetV2's time: fresh memory is
+        in no cache. Where shapes change, or another provider runs, it is `run_borrowed`.
+        """
+        binding = self._session.io_binding()
+        arrays: dict[str, Array] = {}
+        bound: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] | None = None
+        fixed = self.provider == "CPUExecutionProvider"
+
+        def run(feeds: Tensors) -> dict[str, Array]:
+            nonlocal arrays, bound, fixed
+            given = {name: (array.dtype, array.shape) for name, array in feeds.items()}
+            if fixed and given == bound:
+                try:
+                    for name, array in feeds.items():
+                        binding.bind_ortvalue_input(name, _to_ort(self._ort, np.asarray(array, order="C")))
+                    self._session.run_with_iobinding(binding)
+                    return arrays
+                except _ort_errors(self._ort):
+                    fixed = False  # shapes depend on values; or it cannot run, and what follows says why
+            values = self._run(feeds)
+            arrays = {name: value.numpy() for name, value in values.items()}
+            if fixed:
+                binding.clear_binding_outputs()
+                for name, value in values.items():
+                    binding.bind_ortvalue_output(name, value)
+                bound = given
+            return arrays
+
+        return run
+
     def bind_gpu(self, inputs: Mapping[str, tuple[int, tuple[int, ...]]]) -> Callable[[], dict[str, Array]]:
         """A run of a session of the CUDA provider on inputs that stay on the GPU; outputs stay there too.
 

@@ -22,8 +22,9 @@ from trtforge.calibration.count import (
     BINS,
     INFINITY_BITS,
     MIN_EXPONENT,
-    Kernel,
+    CountJobs,
     count_numpy,
+    count_one,
     count_while_below,
     native_kernel,
     peak_bits,
@@ -151,7 +152,7 @@ def test_compiled_loop_counts_as_numpy_does(array: np.ndarray, exponent: int) ->
     whole = bool(np.all(np.abs(array.astype(np.float64)) < math.ldexp(BINS, exponent)))
     if array.size == 0:
         return
-    result = kernel(array, exponent, found)
+    result = count_one(kernel, array, exponent, found)
     if whole:
         assert result == count_numpy(array, exponent, wanted)
         assert np.array_equal(found, wanted)
@@ -172,21 +173,24 @@ def test_compiled_loop_stops_before_the_block_that_needs_a_wider_grid() -> None:
     assert bits == np.float32(1).view(np.uint32)
 
 
-@pytest.fixture(scope="module", params=["for this CPU", "for any"])
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernel:
+def compile_library(source: Path, library: Path, *options: str) -> None:
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
+    subprocess.run([compiler, "-O3", "-shared", "-fPIC", *options, str(source), "-o", str(library)], check=True)
+
+
+@pytest.fixture(scope="module", params=["for this CPU", "for any"])
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CountJobs:
     library = tmp_path_factory.mktemp("count") / "count.so"
     plain = ["-DENCODE=encode"] if request.param == "for any" else []
-    source = Path(count.__file__).with_name("count.c")
-    subprocess.run([compiler, "-O3", "-shared", "-fPIC", *plain, str(source), "-o", str(library)], check=True)
+    compile_library(Path(count.__file__).with_name("count.c"), library, *plain)
     return count._bind(ctypes.CDLL(str(library)))
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 15, 16, 17, 1023, 1024, 1025, 100_003])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99, 1.0])
-def test_compiled_loops_count_like_numpy_whatever_the_share_of_zeros(compiled: Kernel, size: int, share: float) -> None:
+def test_compiled_loops_count_any_share_of_zeros(compiled: CountJobs, size: int, share: float) -> None:
     rng = np.random.default_rng(size)
     array = rng.standard_normal(size).astype(np.float32)
     array[rng.random(size) < share] = 0
@@ -194,17 +198,17 @@ def test_compiled_loops_count_like_numpy_whatever_the_share_of_zeros(compiled: K
     array[rng.random(size) < 0.1] = 6  # saturated
     for start in range(min(size, 3)):  # not on a boundary of vectors
         found, wanted = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
-        assert compiled(array[start:], -8, found) == count_numpy(array[start:], -8, wanted)
+        assert count_one(compiled, array[start:], -8, found) == count_numpy(array[start:], -8, wanted)
         assert np.array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf, 8.0, -8.0, 1e30])
-def test_compiled_loops_see_what_does_not_fit_wherever_it_stands(compiled: Kernel, bad: float) -> None:
+def test_compiled_loops_see_what_does_not_fit_wherever_it_stands(compiled: CountJobs, bad: float) -> None:
     for place in [*range(40), 1023]:
         array = np.zeros(1024, np.float32)
         array[place] = bad
         counts = np.zeros(BINS, np.int64)
-        assert compiled(array, -8, counts) == (0, 0)
+        assert count_one(compiled, array, -8, counts) == (0, 0)
         assert not counts.any()
 
 
@@ -222,13 +226,19 @@ def test_numpy_counts_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("fresh_kernel")
-@pytest.mark.parametrize("found", ["nothing", "text", "foreign"])
+@pytest.mark.parametrize("found", ["nothing", "text", "foreign", "older"])
 def test_a_library_that_does_not_count_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str) -> None:
     library = tmp_path / "_count.abi3.so"
     if found == "text":
         library.write_text("not a library")
     elif found == "foreign":  # a library without the function
         library.symlink_to(_ctypes.__file__)
+    elif found == "older":  # the first release's function took other arguments under another name
+        source = tmp_path / "older.c"
+        source.write_text("long trtforge_count(const float *x, long n) { return n + (long)x[0]; }")
+        subprocess.run(
+            [shutil.which("cc") or pytest.skip("no C compiler"), "-shared", "-fPIC", source, "-o", library], check=True
+        )
     monkeypatch.setattr(count, "__file__", str(tmp_path / "count.py"))
     assert native_kernel() is None
 
