@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import queue
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -118,16 +117,12 @@ def collect(
     units = split_units(batches, by_sample=by_sample)
     mine = (unit for number, unit in enumerate(units) if shard.holds(number))
     with ThreadPoolExecutor(1, thread_name_prefix="taps") as aside:
-        make = functools.partial(Taps, model.path, tensors, threads=1 if by_sample else None, provider=provider)
-        making = aside.submit(make)
+        making = aside.submit(Taps, model.path, tensors, threads=1 if by_sample else None, provider=provider)
         try:
-            first = next(mine, None)  # the loader begins while the session is made
+            first = list(itertools.islice(mine, 1))  # the loader begins while the session is made
         finally:
             taps = making.result()
-        settling = aside.submit(taps.settle, first.feeds) if first is not None else None
-        found = _run(taps, tensors, mine if first is None else itertools.chain([first], mine), count, on_samples)
-        if settling is not None:
-            settling.result()
+    found = _run(taps, tensors, itertools.chain(first, mine), count, on_samples)
     if found.samples == 0:
         raise CalibrationError(
             f"shard {shard.index}/{shard.total} has no samples",
@@ -235,6 +230,7 @@ def _run(
     def work(unit: Unit) -> int:
         seat = seats.get()
         try:
+            taps.settle(unit.feeds)  # the first to come does; the others run meanwhile
             seat.tally.add(seat.read(unit.feeds), unit.where)
             _note(seat.state, unit)
         finally:

@@ -103,12 +103,13 @@ AVX2 static void encode_avx2(const float *restrict x, long n, float scale, block
 
 typedef struct {
     const float *x;
-    int64_t size;     /* 2**32 - 1 at most */
-    int64_t *counts;  /* of BINS; changed */
-    float scale;      /* 1 / the width of a bin */
-    uint32_t limit;   /* the bits of the smallest |x| that is too large */
-    uint32_t peak;    /* changed: the bits of the largest |x| counted, where that is larger */
-    int64_t done;     /* set: how many were counted */
+    int64_t size;    /* 2**32 - 1 at most */
+    int64_t *counts; /* of BINS; changed */
+    float scale;     /* 1 / the width of a bin */
+    uint32_t limit;  /* the bits of the smallest |x| that is too large */
+    uint32_t peak;   /* changed: the bits of the largest |x| counted, where that is larger */
+    uint32_t beyond; /* set: the bits of the largest |x| of the others */
+    int64_t done;    /* set: how many were counted */
 } job;
 
 /* Counts x[0], x[1], ... as long as every |x| in a block has bits below the limit, and stops before the first other
@@ -144,6 +145,11 @@ static void count(job *of)
     for (int t = 0; t < TABLES; t++)
         for (int b = 0; b < BINS; b++)
             of->counts[b] += tables[t][b];
+    of->beyond = 0;
+    for (int64_t i = of->done; i < of->size; i += BLOCK) {
+        encode_block(of->x + i, of->size - i < BLOCK ? (long)(of->size - i) : BLOCK, of->scale, &found);
+        of->beyond = found.top > of->beyond ? found.top : of->beyond;
+    }
 }
 
 /* All in one call: between two calls a thread waits for the interpreter. */

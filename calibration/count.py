@@ -17,6 +17,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ __all__ = [
     "JOB",
     "MIN_EXPONENT",
     "CountJobs",
+    "Counted",
     "count_numpy",
     "count_one",
     "count_while_below",
@@ -51,7 +53,10 @@ Counts = NDArray[np.int64]
 CountJobs = Callable[[NDArray[np.void]], None]
 
 JOB = np.dtype(
-    [("x", "u8"), ("size", "i8"), ("counts", "u8"), ("scale", "f4"), ("limit", "u4"), ("peak", "u4"), ("done", "i8")],
+    {
+        "names": ["x", "size", "counts", "scale", "limit", "peak", "beyond", "done"],
+        "formats": ["u8", "i8", "u8", "f4", "u4", "u4", "u4", "i8"],
+    },
     align=True,
 )
 """`job` in `count.c`: an array to be counted. `x` and `counts` are addresses."""
@@ -67,30 +72,40 @@ def peak_bits(flat: Floats) -> int:
     return top if top < _SIGN else max(top - _SIGN, int(flat.view(np.int32).max()))
 
 
-def count_while_below(flat: Floats, exponent: int, counts: Counts) -> tuple[int, int]:
+class Counted(NamedTuple):
+    """How many elements were counted, from the start; and the bits of the largest |x| of those, and of the others."""
+
+    done: int
+    peak: int
+    beyond: int
+
+
+def count_while_below(flat: Floats, exponent: int, counts: Counts) -> Counted:
     """Adds to `counts` how many |x| lie in each [i, i + 1) * 2**exponent, as long as they are below BINS * 2**exponent.
+
+    An element that is too large, infinite or NaN ends it; what stands just before it may be left out too.
 
     Args:
         flat: C-contiguous, of one dimension.
         exponent: From -149 to 117.
         counts: int64 of shape (BINS,), changed in place.
-
-    Returns:
-        How many elements from the start were counted; and the bits of their largest |x|. An element that is too large,
-        infinite or NaN is in none of them.
     """
-    kernel = native_kernel() if exponent >= _SMALLEST_SCALED else None
-    return count_numpy(flat, exponent, counts) if kernel is None else count_one(kernel, flat, exponent, counts)
+    kernel = native_kernel()
+    if kernel is not None:
+        found = count_one(kernel, flat, exponent, counts)
+        if exponent >= _SMALLEST_SCALED or found.beyond >= _limit_bits(exponent):
+            return found
+    return count_numpy(flat, exponent, counts)
 
 
-def count_numpy(flat: Floats, exponent: int, counts: Counts) -> tuple[int, int]:
+def count_numpy(flat: Floats, exponent: int, counts: Counts) -> Counted:
     """`count_while_below` without a compiler."""
     peak = 0
     for start in range(0, flat.size, _CHUNK):
         chunk = flat[start : start + _CHUNK]
         top = peak_bits(chunk)
         if top >= _limit_bits(exponent):
-            return start, peak
+            return Counted(start, peak, peak_bits(flat[start:]))
         peak = max(peak, top)
         if exponent < _SMALLEST_SCALED:
             codes = np.ldexp(chunk.astype(np.float64), -exponent).astype(np.int32)
@@ -98,7 +113,7 @@ def count_numpy(flat: Floats, exponent: int, counts: Counts) -> tuple[int, int]:
             # An exact product, truncated towards zero: the bin, up to its sign.
             codes = np.multiply(chunk, np.float32(2.0**-exponent)).astype(np.int32)
         counts += np.bincount(np.abs(codes), minlength=BINS)
-    return flat.size, peak
+    return Counted(flat.size, peak, 0)
 
 
 @functools.cache
@@ -131,12 +146,12 @@ def _bind(library: ctypes.CDLL) -> CountJobs:
     return count
 
 
-def count_one(count_jobs: CountJobs, flat: Floats, exponent: int, counts: Counts) -> tuple[int, int]:
-    """`count_while_below` by the compiled loop."""
+def count_one(kernel: CountJobs, flat: Floats, exponent: int, counts: Counts) -> Counted:
+    """`count_while_below` by the compiled loop, which counts nothing where `exponent` is below -126."""
     jobs = np.zeros(1, JOB)
-    jobs[0] = (flat.ctypes.data, flat.size, counts.ctypes.data, *job_grid(exponent), 0, 0)
-    count_jobs(jobs)
-    return int(jobs["done"][0]), int(jobs["peak"][0])
+    jobs[0] = (flat.ctypes.data, flat.size, counts.ctypes.data, *job_grid(exponent), 0, 0, 0)
+    kernel(jobs)
+    return Counted(*(int(jobs[field][0]) for field in Counted._fields))
 
 
 def job_grid(exponent: int) -> tuple[float, int]:
@@ -145,14 +160,13 @@ def job_grid(exponent: int) -> tuple[float, int]:
 
 
 def _agrees(kernel: CountJobs) -> bool:
-    """Whether the compiled loop counts as numpy does: a stale or ill-compiled one is not used."""
+    """Whether the compiled loop counts as numpy does: an ill-compiled one is not used."""
     values = np.random.default_rng(0).standard_normal(10_007).astype(np.float32)
     values[::3] = 0
     values[-1] = np.nan
     found, expected = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
     whole = values[:-1]
-    return (
-        count_one(kernel, whole, -8, found) == count_numpy(whole, -8, expected)
-        and bool(np.array_equal(found, expected))
-        and count_one(kernel, values[-5:], -8, found) == (0, 0)
-    )
+    if count_one(kernel, whole, -8, found) != count_numpy(whole, -8, expected):
+        return False
+    refused = count_one(kernel, values[-5:], -8, found)
+    return refused.done == 0 and refused.beyond >= INFINITY_BITS and bool(np.array_equal(found, expected))

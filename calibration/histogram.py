@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from trtforge.calibration.count import BINS, INFINITY_BITS, MIN_EXPONENT, count_while_below, peak_bits
+from trtforge.calibration.count import BINS, INFINITY_BITS, MIN_EXPONENT, count_while_below
 from trtforge.runtime.errors import CalibrationError
 from trtforge.runtime.runner import Array
 
@@ -62,14 +62,21 @@ class Histogram:
         """
         flat = as_float32(array, where)[start:]
         while flat.size:
-            done, bits = count_while_below(flat, self.exponent, self.counts)
+            done, bits, beyond = count_while_below(flat, self.exponent, self.counts)
             self.peak = max(self.peak, _float(bits))
             flat = flat[done:]
             if flat.size:  # the grid must grow; at most 266 times in a histogram's life
-                bits = peak_bits(flat)
-                if bits >= INFINITY_BITS:
-                    raise _not_finite(array, where)
-                self._coarsen(_exponent_of(_float(bits)))
+                self.reach(beyond, array, where=where)
+
+    def reach(self, bits: int, array: Array, *, where: str) -> None:
+        """Makes the grid hold |x| with these bits, which is in `array` and still to be added.
+
+        Raises:
+            CalibrationError: it is infinite or NaN.
+        """
+        if bits >= INFINITY_BITS:
+            raise _not_finite(array, where)
+        self._coarsen(_exponent_of(_float(bits)))
 
     def copy(self) -> Histogram:
         """An independent histogram with the same state."""
@@ -113,7 +120,7 @@ def _float(bits: int) -> float:
 
 def _exponent_of(peak: float) -> int:
     """The smallest exponent for which `peak` lies below BINS * 2**exponent."""
-    return max(math.frexp(peak)[1] - _LOG_BINS, MIN_EXPONENT)
+    return max(math.frexp(peak)[1] - _LOG_BINS, MIN_EXPONENT) if peak > 0 else MIN_EXPONENT
 
 
 def as_float32(array: Array, where: str) -> NDArray[np.float32]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,22 +90,28 @@ def run_units(
         Exception: what `units` or `work` raises, as it is.
     """
     done = 0
-    waiting: deque[Future[int]] = deque()
+    waiting: list[Future[int]] = []
 
-    def finish_first() -> None:
+    def finish_some() -> None:
         nonlocal done
-        done += waiting.popleft().result()
-        if on_samples is not None:
-            on_samples(done)
+        finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
+        if any(future.exception() is not None for future in finished):
+            for future in waiting:  # of several errors the first unit's, whichever came first
+                future.result()
+        for future in finished:
+            waiting.remove(future)
+            done += future.result()
+            if on_samples is not None:
+                on_samples(done)
 
     with ThreadPoolExecutor(workers, thread_name_prefix="calibrate") as pool:
         try:
             for unit in units:
                 if len(waiting) > workers:  # one more than runs, so that no worker waits for the loader's thread
-                    finish_first()
+                    finish_some()
                 waiting.append(pool.submit(work, unit))
             while waiting:
-                finish_first()
+                finish_some()
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

@@ -47,7 +47,9 @@ class Tally:
         del alive
         for index in map(int, np.flatnonzero(self._jobs["done"] < self._jobs["size"])):
             name, done = self._names[index], int(self._jobs["done"][index])
-            self._histograms[index].add(activations[name], where=_where(name, where), start=done)
+            histogram, tensor = self._histograms[index], _where(name, where)
+            histogram.reach(int(self._jobs["beyond"][index]), activations[name], where=tensor)
+            histogram.add(activations[name], where=tensor, start=done)
             self._set_grid(index)
 
     def histograms(self) -> dict[str, Histogram]:

@@ -9,6 +9,7 @@ first batch proves it on both graphs; a tensor that differs (blocks padded with 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,6 +66,7 @@ class Taps:
         self._current: tuple[OnnxRuntimeRunner, dict[str, str]] | None = None
         """A session, and the tensor that each of its outputs carries."""
         self._optimized: onnx.ModelProto | None = None
+        self._once = threading.Lock()
         if not names:
             return
         _choose_outputs(proto, names)
@@ -85,12 +87,15 @@ class Taps:
                 self._optimized = onnx.load(written)
 
     def settle(self, feeds: Tensors) -> None:
-        """Looks on one batch for tensors that may leave the runtime in blocks. Others may run in the meantime.
+        """Looks on one batch for tensors that may leave the runtime in blocks; does nothing from the second call on.
+
+        Other threads may run in the meantime.
 
         Raises:
             ParityError: onnxruntime failed on it.
         """
-        proto, self._optimized = self._optimized, None
+        with self._once:
+            proto, self._optimized = self._optimized, None
         if proto is None or self._current is None:
             return
         plain_runner, names = self._current

@@ -193,7 +193,9 @@ def _centers(histogram: Histogram, used: int) -> tuple[Floats, Floats]:
 def _squared_errors(values: Floats, counts: Floats, thresholds: Floats) -> Floats:
     """Summed squared error of int8 at each threshold; the values are sorted and not negative."""
     scales = (thresholds / _CODES)[:, None]
-    codes = np.minimum(np.rint(values / scales), _CODES)
+    codes = values / scales  # changed in place: fresh memory takes longer than the arithmetic
+    np.rint(codes, out=codes)
+    np.minimum(codes, _CODES, out=codes)
     codes *= scales
     codes -= values
     np.square(codes, out=codes)

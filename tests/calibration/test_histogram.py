@@ -156,9 +156,9 @@ def test_compiled_loop_counts_as_numpy_does(array: np.ndarray, exponent: int) ->
     if whole:
         assert result == count_numpy(array, exponent, wanted)
         assert np.array_equal(found, wanted)
-        assert result == (array.size, peak_bits(array))
+        assert result == (array.size, peak_bits(array), 0)
     else:  # the block that holds the large element is left alone
-        assert result == (0, 0)
+        assert result == (0, 0, peak_bits(array))
         assert not found.any()
 
 
@@ -167,7 +167,8 @@ def test_compiled_loop_stops_before_the_block_that_needs_a_wider_grid() -> None:
     array = np.ones(10_000, np.float32)
     array[9_000] = 5000.0
     counts = np.zeros(BINS, np.int64)
-    done, bits = count_while_below(array, 0, counts)
+    done, bits, beyond = count_while_below(array, 0, counts)
+    assert beyond == np.float32(5000).view(np.uint32)
     assert 0 < done <= 9_000
     assert counts[1] == done
     assert bits == np.float32(1).view(np.uint32)
@@ -208,7 +209,7 @@ def test_compiled_loops_see_what_does_not_fit_wherever_it_stands(compiled: Count
         array = np.zeros(1024, np.float32)
         array[place] = bad
         counts = np.zeros(BINS, np.int64)
-        assert count_one(compiled, array, -8, counts) == (0, 0)
+        assert count_one(compiled, array, -8, counts) == (0, 0, peak_bits(array))
         assert not counts.any()
 
 
