@@ -94,7 +94,11 @@ class Engine:
 
         options = options or LoadOptions()
         session = EngineSession(path, backend, version, device, digest, tf32=tf32, options=options)
-        self._start(session, torch.device("cuda", 0), current_gpu_stream, contexts, graphs)
+        try:
+            self._start(session, torch.device("cuda", 0), current_gpu_stream, contexts, graphs)
+        except BaseException:
+            session.close()  # whoever keeps the error keeps the session
+            raise
 
     @classmethod
     def over(

@@ -23,43 +23,53 @@ class Gate:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._inside = 0
-        self._alone = False
+        self._inside: set[int] = set()
+        self._alone: int | None = None
         self._waiting = 0
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
         """Waits while someone is, or wants to be, alone. Not to be nested."""
+        thread = threading.get_ident()
         with self._changed:
-            self._changed.wait_for(lambda: not self._alone and not self._waiting)
-            self._inside += 1
+            self._changed.wait_for(lambda: self._alone is None and not self._waiting)
+            self._inside.add(thread)
         try:
             yield
         finally:
             with self._changed:
-                self._inside -= 1
+                self._inside.remove(thread)
                 self._changed.notify_all()
 
     @contextlib.contextmanager
     def alone(self, *, wait: bool) -> Iterator[bool]:
-        """Gives whether one is alone: at once, or, with `wait`, as soon as all others have left."""
+        """Gives whether one is alone: at once, or, with `wait`, as soon as all others have left.
+
+        Never, and at once, in a thread that is inside already: the garbage collector closes engines in any thread, at
+        any line of it.
+        """
+        thread = threading.get_ident()
         with self._changed:
-            entered = not self._inside and not self._alone
-            if not entered and wait:
+            entered = self._is_empty()
+            if not entered and wait and thread not in self._inside and thread != self._alone:
                 self._waiting += 1
                 try:
-                    self._changed.wait_for(lambda: not self._inside and not self._alone)
+                    self._changed.wait_for(self._is_empty)
                 finally:
                     self._waiting -= 1
                 entered = True
-            self._alone = self._alone or entered
+            if entered:
+                self._alone = thread
         try:
             yield entered
         finally:
             if entered:
                 with self._changed:
-                    self._alone = False
+                    self._alone = None
                     self._changed.notify_all()
+
+    def _is_empty(self) -> bool:
+        return not self._inside and self._alone is None
 
 
 GATE = Gate()

@@ -61,6 +61,13 @@ class OpenEngine:
         self.log, logger = _runtime_logger(self.trt)
         self.log.errors.clear()
         self._tf32 = Tf32Hold(tf32)
+        try:
+            self._open(logger, options)
+        except BaseException:
+            self._tf32.release()  # whoever keeps the error keeps this object
+            raise
+
+    def _open(self, logger: Any, options: LoadOptions) -> None:
         load_plugins(self.trt, logger, options.plugins)
         # The runtime stays referenced as long as the engine lives: TensorRT does not see to it.
         try:

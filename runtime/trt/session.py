@@ -62,8 +62,8 @@ class EngineSession:
         self._streams = Streams(self._cuda)
         with GATE.alone(wait=True):
             self._opened = OpenEngine(path, found, tf32=tf32, options=options)
+            self._compiler = _Compiler(self._opened, here, digest) if found.name == "tensorrt-rtx" else None
         self._opening = threading.Lock()
-        self._compiler = _Compiler(self._opened, here, digest) if found.name == "tensorrt-rtx" else None
         self._saved_at = -math.inf
         self._unsaved = False
 
@@ -133,8 +133,8 @@ class EngineSession:
     def _save(self) -> None:
         self._unsaved = False
         self._saved_at = time.monotonic()
-        with self._opening, GATE.alone(wait=True):
-            if self._compiler is not None:
+        with self._opening, GATE.alone(wait=True) as entered:
+            if entered and self._compiler is not None:
                 self._compiler.save()
 
 

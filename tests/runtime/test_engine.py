@@ -435,3 +435,13 @@ def test_plans_are_bounded(monkeypatch):
         x = _x(batch)
         assert torch.equal(engine(x), 2 * x + 1)
     assert len(engine._plans) == 3
+
+
+@pytest.mark.parametrize("limits", [{}, {"contexts": 0}])
+def test_an_engine_that_cannot_start_closes_its_session(limits, monkeypatch, tmp_path):
+    session = FakeSession()
+    session.fail_open = True
+    monkeypatch.setattr("trtforge.runtime.trt.session.EngineSession", lambda *args, **named: session)
+    with pytest.raises((ArtifactError, ConfigError)):
+        Engine(tmp_path / "model.engine", backend="tensorrt-rtx", version="1.7", **limits)
+    assert session.closed

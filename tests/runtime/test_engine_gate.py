@@ -92,3 +92,21 @@ def test_never_anyone_beside_who_is_alone():
     for thread in threads:
         thread.join()
     assert not any(seen)
+
+
+def test_who_is_inside_is_not_kept_waiting_for_itself():
+    """The garbage collector may close another engine, which saves its cache alone, in a thread that runs one."""
+    outcome = []
+
+    def collect() -> None:
+        gate = Gate()
+        for inside in (gate.shared(), gate.alone(wait=True)):
+            with inside, gate.alone(wait=True) as entered:
+                outcome.append(entered)
+        with gate.alone(wait=True) as entered:
+            outcome.append(entered)
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert outcome == [False, False, True]

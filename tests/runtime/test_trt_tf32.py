@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
 
 from trtforge.runtime.errors import ArtifactError
 from trtforge.runtime.trt import tf32 as room
+from trtforge.runtime.trt.backend import find_backend
+from trtforge.runtime.trt.load import OpenEngine
 from trtforge.runtime.trt.tf32 import Tf32Hold, set_build_tf32
 
 VARIABLE = "NVIDIA_TF32_OVERRIDE"
@@ -70,3 +73,13 @@ def test_builds_set_it(before: str | None) -> None:
     assert VARIABLE not in os.environ
     if before is not None:
         os.environ[VARIABLE] = before
+
+
+def test_an_engine_that_does_not_load_holds_nothing_while_its_error_is_kept(tmp_path: Path, before: str | None) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    plan = tmp_path / "model.engine"
+    plan.write_bytes(bytes(100))
+    with pytest.raises(ArtifactError) as caught:
+        OpenEngine(plan, find_backend("tensorrt-rtx"), tf32=False)
+    assert caught.value.__traceback__ is not None
+    assert os.environ.get(VARIABLE) == before
