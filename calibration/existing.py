@@ -114,6 +114,13 @@ def fold_bias_codes(model: ir.Model) -> int:
         if source is None or scale is None or not is_constant(scale) or not _zero_point_is_zero(node):
             continue
         codes, scales = constant_array(source), constant_array(scale)
+        if scales.ndim > 1:  # a scale for each block
+            continue
+        if scales.size > 1:
+            axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
+            lengths = [1] * codes.ndim
+            lengths[axis if codes.ndim > 1 else 0] = scales.size
+            scales = scales.reshape(lengths)
         array = (codes.astype(np.float32) * scales.astype(np.float32)).astype(scales.dtype)
         value = ir.Value(
             name=output.name,

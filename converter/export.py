@@ -191,7 +191,7 @@ def _capture(flat: FlatCall, example: ExampleInputs, dims: Mapping[str, DimRange
             for axis, dim in enumerate(spec.shape)
             if isinstance(dim, str)
         }
-        raise explain_capture(error, dims, lambda: find_guards(capture, sources)) from error
+        raise explain_capture(error, dims, lambda: find_guards(capture, sources), example.specs) from error
 
 
 def _translate(

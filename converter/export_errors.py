@@ -12,7 +12,7 @@ from trtforge.converter.custom_ops import Translations
 from trtforge.converter.frames import Line, line_of_error, line_of_trace
 from trtforge.converter.guards import Guard
 from trtforge.runtime.errors import ExportError
-from trtforge.runtime.specs import DimRange
+from trtforge.runtime.specs import DimRange, InputSpec
 
 __all__ = ["explain_capture", "explain_translation", "frozen_dimension"]
 
@@ -27,7 +27,10 @@ _SUGGESTION = re.compile(r"^\s+(\w+) = (.+)$", re.MULTILINE)
 
 
 def explain_capture(
-    error: Exception, dims: Mapping[str, DimRange], guards: Callable[[], Sequence[Guard]]
+    error: Exception,
+    dims: Mapping[str, DimRange],
+    guards: Callable[[], Sequence[Guard]],
+    specs: Sequence[InputSpec] = (),
 ) -> ExportError:
     """Why torch.export could not capture a module.
 
@@ -35,12 +38,13 @@ def explain_capture(
         error: What it raised.
         dims: The dimensions that were asked for.
         guards: Finds what was assumed of the sizes; called where the error is about them.
+        specs: The inputs.
     """
     deepest = _deepest(error)
     text = str(deepest)
     suggested = {name: fix.strip() for name, fix in _SUGGESTION.findall(text.partition("Suggested fixes:")[2])}
     if "Suggested fixes:" in text and suggested:
-        return _dimension_error(suggested, dims, guards(), _brief(text))
+        return _dimension_error(suggested, dims, guards(), _brief(text), specs)
     line = line_of_error(deepest)
     at = f" at {line}: `{line.code}`" if line else ""
     if _VALUE_DEPENDENT.search(f"{type(deepest).__name__} {text}"):
@@ -78,32 +82,47 @@ def explain_translation(
     )
 
 
-def frozen_dimension(dim: str, size: int | str, line: Line | None = None, *, place: str = "") -> ExportError:
-    """A dimension that was asked to be dynamic and has one size."""
+def frozen_dimension(
+    dim: str, size: int | str, line: Line | None = None, *, place: str = "", specs: Sequence[InputSpec] = ()
+) -> ExportError:
+    """A dimension that was asked to be dynamic and has one size; `specs` are inputs that may have forced it."""
+    same = [f"{spec.name!r}, axis {axis}" for spec in specs for axis, has in enumerate(spec.shape) if has == size]
+    hint = (
+        f"if {dim!r} is meant there too, name it in the shape of {' and '.join(same[:_SHOWN])}; else " if same else ""
+    )
     return ExportError(
         f"dimension {dim!r} froze at {size}{place}" + (f", at {line}: `{line.code}`" if line else ""),
         why="the code that torch.export saw is right for that size only (a loop over the dimension, a split into a "
         "fixed number of parts, a Python `if` on the size)",
-        fix=f"rewrite it without that size (torch.stack, reshape, unflatten), or write {size} in place of {dim!r}",
+        fix=f"{hint}rewrite it without that size (torch.stack, reshape, unflatten), or write {size} in place of "
+        f"{dim!r}",
     )
 
 
 def _dimension_error(
-    suggested: Mapping[str, str], dims: Mapping[str, DimRange], guards: Sequence[Guard], text: str
+    suggested: Mapping[str, str],
+    dims: Mapping[str, DimRange],
+    guards: Sequence[Guard],
+    text: str,
+    specs: Sequence[InputSpec],
 ) -> ExportError:
     """What torch's suggested fixes mean: `batch = 2`, `b = a`, `h = 2*_h`, `n = Dim('n', min=4)`."""
     lines = {guard.dim: guard.line for guard in reversed(guards) if guard.line is not None}
-    errors = [_one_dimension(dim, fix, dims, lines.get(dim), text) for dim, fix in suggested.items() if dim in dims]
+    errors = [
+        _one_dimension(dim, fix, dims, lines.get(dim), text, specs) for dim, fix in suggested.items() if dim in dims
+    ]
     if not errors:
         return ExportError(f"the dimensions do not fit the model: {text}")
     return ExportError("\n".join(error.what for error in errors), why=errors[0].why, fix=errors[0].fix)
 
 
-def _one_dimension(dim: str, fix: str, dims: Mapping[str, DimRange], line: Line | None, text: str) -> ExportError:
+def _one_dimension(
+    dim: str, fix: str, dims: Mapping[str, DimRange], line: Line | None, text: str, specs: Sequence[InputSpec]
+) -> ExportError:
     at = f", at {line}: `{line.code}`" if line else ""
     asked = dims[dim]
     if fix.isdigit():
-        return frozen_dimension(dim, int(fix), line)
+        return frozen_dimension(dim, int(fix), line, specs=specs)
     if fix in dims:
         return ExportError(
             f"dimensions {dim!r} and {fix!r} are always equal{at}",

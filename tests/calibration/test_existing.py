@@ -122,6 +122,19 @@ def test_int32_biases_fold_exactly(parse_graph: Parse, random_feeds: Call, run_m
     build_rtx(model)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_codes_of_two_dimensions_are_folded_along_their_axis(parse_graph: Parse, run_model: Call, axis: int) -> None:
+    codes = np.arange(9, dtype=np.int32).reshape(3, 3)
+    model = parse_graph(
+        f"(float[3,3] x) => (float[3,3] y) {{ b = DequantizeLinear<axis={axis}>(codes, s) y = Add(x, b) }}",
+        {"codes": codes, "s": np.array([1, 10, 100], np.float32)},
+    )
+    feeds = {"x": np.zeros((3, 3), np.float32)}
+    before = run_model(model, feeds)
+    assert fold_bias_codes(model) == 1
+    assert np.array_equal(run_model(model, feeds)["y"], before["y"])
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_onnxruntimes_symmetric_output_is_taken_once_its_biases_are_folded(
     parse_graph: Parse, tmp_path: Path, build_rtx: Call

@@ -80,6 +80,17 @@ def test_a_chunk_of_the_batch_freezes_it(export: Export) -> None:
     assert "`a, b = torch.chunk(x, 2, dim=0)`" in error.what
 
 
+class Join(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, y], 1)
+
+
+def test_an_input_whose_shape_was_forgotten_is_named(export: Export) -> None:
+    error = failure(export, Join(), X, InputSpec("y", "float32", (4, 5)))
+    assert error.what.startswith("dimension 'batch' froze at 4")
+    assert error.fix.startswith("if 'batch' is meant there too, name it in the shape of 'y', axis 0; else rewrite it")
+
+
 class Steps(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = [x[:, step] * step for step in range(x.shape[1])]
