@@ -230,7 +230,7 @@ def _run(
     def work(unit: Unit) -> int:
         seat = seats.get()
         try:
-            taps.settle(unit.feeds)  # the first to come does; the others run meanwhile
+            taps.settle(unit.feeds)  # the first to come does
             seat.tally.add(seat.read(unit.feeds), unit.where)
             _note(seat.state, unit)
         finally:

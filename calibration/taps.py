@@ -89,13 +89,16 @@ class Taps:
     def settle(self, feeds: Tensors) -> None:
         """Looks on one batch for tensors that may leave the runtime in blocks; does nothing from the second call on.
 
-        Other threads may run in the meantime.
+        Other threads that call it wait: a sample's activations on both graphs at once would be the peak of memory.
 
         Raises:
             ParityError: onnxruntime failed on it.
         """
         with self._once:
-            proto, self._optimized = self._optimized, None
+            self._settle(feeds)
+
+    def _settle(self, feeds: Tensors) -> None:
+        proto, self._optimized = self._optimized, None
         if proto is None or self._current is None:
             return
         plain_runner, names = self._current
