@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from trtforge.calibration.ranges import Method
 from trtforge.converter.artifact import Artifact, open_artifact
 from trtforge.converter.config import (
+    AUTO,
     Accuracy,
     Calibration,
     ConversionConfig,
@@ -29,7 +30,7 @@ from trtforge.converter.network import with_network
 from trtforge.converter.pipeline import LiveData, run_pipeline
 from trtforge.converter.progress import OnEvent, Stages, ignore_events
 from trtforge.converter.schema import AccuracySection, SearchSection, TargetSection
-from trtforge.converter.sources import LoadedModel, PythonExample, load_source, module_hash
+from trtforge.converter.sources import LoadedModel, PythonExample, check_finite, load_source, module_hash
 from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.precision import PrecisionPlan
 from trtforge.runtime.publish import hash_bytes
@@ -230,10 +231,10 @@ def _plan(precision: str | Mapping[str, Any] | PrecisionPlan) -> PrecisionPlan:
         rest = precision if isinstance(precision, Mapping) else {}
         return PrecisionPlan.from_data({**rest, "default": "fp32"}, name="precision")
     if not isinstance(precision, str):
-        return PrecisionPlan.from_data(precision, name="precision")
+        return PrecisionPlan.from_data(precision, name="precision", others=[AUTO])
     if precision.endswith((".yaml", ".yml")):
         return PrecisionPlan.load(Path(precision))
-    return PrecisionPlan.from_data(precision, name="precision")
+    return PrecisionPlan.from_data(precision, name="precision", others=[AUTO])
 
 
 def _source(model: object) -> Source:
@@ -265,6 +266,7 @@ def _load(model: Any, example: Any, shapes: dict[str, Any], config: ConversionCo
     if isinstance(model, str | Path):
         return replace(load_source(config), example=PythonExample(example, shapes))
     if isinstance(model, torch.export.ExportedProgram):
+        check_finite(model)
         described = str(model.graph)
         loaded = LoadedModel(None, None, hash_bytes(described.encode()), module_hash(model), program=model)
         return replace(loaded, example=PythonExample(example, shapes))
@@ -275,5 +277,6 @@ def _load(model: Any, example: Any, shapes: dict[str, Any], config: ConversionCo
         )
     if example is None:
         raise ConfigError("example_inputs is None", fix="give one call's inputs: a tensor, a tuple, or a dict")
+    check_finite(model)
     described = f"{type(model).__module__}.{type(model).__qualname__}"
     return LoadedModel(model, None, hash_bytes(described.encode()), module_hash(model), PythonExample(example, shapes))

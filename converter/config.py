@@ -34,6 +34,7 @@ from trtforge.runtime.suggest import nearest
 from trtforge.runtime.trt.options import DEFAULT_BUILD, BuildOptions
 
 __all__ = [
+    "AUTO",
     "Accuracy",
     "Calibration",
     "ConversionConfig",
@@ -316,7 +317,7 @@ def _explain_one(detail: ErrorDetails, source: YamlSource) -> str:
         parent = ".".join(map(str, at[:-1])) or "the file"
         return f"{where}: unknown key {at[-1]!r} in {parent}; {_near_key(detail['loc'])}"
     if detail["type"] == "missing":
-        return f"{where}: {name} is missing"
+        return f"{where}: {name} is missing" + ("; write `version: 1`" if at == ("version",) else "")
     message = detail["msg"].removeprefix("Value error, ")
     value = detail.get("input")
     shown = "" if isinstance(value, dict | list) and len(str(value)) > 80 else f" (it is {value!r})"
@@ -520,5 +521,5 @@ def _plan(precision: str | Mapping[str, Any], folder: Path, *, guard: bool) -> P
     if isinstance(precision, str) and precision.endswith((".yaml", ".yml")):
         plan = PrecisionPlan.load(folder / precision)
     else:
-        plan = PrecisionPlan.from_data(precision, name="precision")
+        plan = PrecisionPlan.from_data(precision, name="precision", others=[AUTO])
     return plan if guard else replace(plan, overflow_guard=False)

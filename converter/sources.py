@@ -19,7 +19,7 @@ from trtforge.runtime.suggest import nearest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LoadedModel", "PythonExample", "load_source", "module_hash"]
+__all__ = ["LoadedModel", "PythonExample", "check_finite", "load_source", "module_hash"]
 
 _SHOWN_KEYS = 8
 
@@ -88,7 +88,7 @@ def _load(config: ConversionConfig) -> LoadedModel:
     if source.checkpoint is not None:
         _load_checkpoint(module, source.checkpoint)
         checkpoint_hash = hash_file(source.checkpoint)
-    _check_finite(module)
+    check_finite(module)
     described = hash_bytes(repr((source.factory, sorted(source.kwargs.items()))).encode())
     return LoadedModel(module.eval(), None, described, checkpoint_hash or module_hash(module))
 
@@ -113,7 +113,7 @@ def _load_program(path: Path) -> LoadedModel:
 
     _check_file(path, "the exported program")
     program = read_program(path)
-    _check_finite(program)
+    check_finite(program)
     return LoadedModel(None, None, hash_file(path), module_hash(program), program=program)
 
 
@@ -201,7 +201,8 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_finite(module: torch.nn.Module | torch.export.ExportedProgram) -> None:
+def check_finite(module: torch.nn.Module | torch.export.ExportedProgram) -> None:
+    """Raises `ConfigError` where a weight holds NaN or infinity; buffers, such as masks, may."""
     import torch
 
     bad = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,9 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 ORIGINS: tuple[str, ...] = get_args(Origin)
 QUANTIZED: frozenset[str] = frozenset({"int8", "fp8"})
 SCHEMA = 1
+
+_ALIASES = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
+"""What other libraries call them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,10 +201,16 @@ class PrecisionPlan:
         return cls.from_data(data, name=name)
 
     @classmethod
-    def from_data(cls, data: object, *, name: str = "plan") -> PrecisionPlan:
-        """A plan from parsed YAML: a mapping, or one precision's name. Raises as `from_yaml` does."""
+    def from_data(cls, data: object, *, name: str = "plan", others: Sequence[str] = ()) -> PrecisionPlan:
+        """A plan from parsed YAML: a mapping, or one precision's name. Raises as `from_yaml` does.
+
+        `others` are names that the caller takes besides, for the error's text.
+        """
+        if isinstance(data, str) and data not in PRECISIONS:
+            meant = _ALIASES.get(data.lower().removeprefix("torch."), data)
+            raise ConfigError(f"{name} is {data!r}", fix=nearest(meant, (*PRECISIONS, *others)))
         if isinstance(data, str):
-            return cls(default=_check_choice(f"{name}", data, PRECISIONS))
+            return cls(default=typing.cast("Precision", data))
         if not isinstance(data, Mapping):
             raise ConfigError(f"{name} is {type(data).__name__}, not a precision or a mapping of default and rules")
         _check_keys(name, data, {"version", "default", "base", "graph", "keep_io", "overflow_guard", "rules"})

@@ -29,8 +29,17 @@ def test_python_example_runs(tmp_path: Path) -> None:
 def test_plan_in_readme_is_a_plan() -> None:
     from trtforge.runtime.precision import PrecisionPlan
 
-    plan = PrecisionPlan.from_yaml(blocks("yaml")[0])
+    plan = PrecisionPlan.from_yaml(next(block for block in blocks("yaml") if block.startswith("default:")))
     assert (plan.default, len(plan.rules)) == ("fp16", 2)
+
+
+def test_file_in_readme_is_one(tmp_path: Path) -> None:
+    from trtforge.converter.config import read_config
+
+    path = tmp_path / "readme.yaml"
+    path.write_text(next(block for block in blocks("yaml") if block.startswith("version:")))
+    (config,) = read_config(path)
+    assert (config.name, config.plan.default) == ("resnet18", "fp16")
 
 
 @pytest.mark.slow

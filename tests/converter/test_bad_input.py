@@ -111,6 +111,39 @@ def test_bad_model(call: Callable[..., Any], tmp_path: Path, model: dict[str, An
     assert not (tmp_path / "artifacts").exists() or os.listdir(tmp_path / "artifacts") == []
 
 
+def test_a_file_without_its_version(call: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text("models: {}\n")
+    code, err = call("convert", "old.yaml")
+    assert code == 2
+    assert "version is missing; write `version: 1`" in err
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_module_with_nan(exported: bool, tmp_path: Path) -> None:
+    x, module = torch.zeros(2, 3), torch.nn.Linear(3, 4)
+    with torch.no_grad():
+        module.weight[0, 0] = torch.nan
+    model = torch.export.export(module, (x,)) if exported else module
+    with pytest.raises(trtforge.ConfigError, match="1 weights hold NaN or Inf: weight"):
+        trtforge.convert(model, x, tmp_path / "nan")
+
+
+@pytest.mark.parametrize(
+    ("precision", "fix"),
+    [
+        ("float16", "'fp16'"),
+        ("half", "'fp16'"),
+        ("bfloat16", "'bf16'"),
+        ("autoo", "'auto'"),
+        ("x", "one of: auto, bf16"),
+    ],
+)
+def test_a_precision_by_another_name(precision: str, fix: str, tmp_path: Path) -> None:
+    with pytest.raises(trtforge.ConfigError, match=f"precision is '{precision}'") as caught:
+        trtforge.convert(torch.nn.Linear(3, 4), torch.zeros(2, 3), tmp_path / "out", precision=precision)
+    assert fix in caught.value.fix
+
+
 def test_yaml_that_would_run_code(call: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "evil.yaml").write_text("version: 1\nmodels: !!python/object/apply:os.mkdir [ran]\n")
     code, err = call("convert", "evil.yaml")
