@@ -68,14 +68,25 @@ def load_plugins(trt: ModuleType, logger: Any, paths: Sequence[Path]) -> None:
     """Registers TensorRT's own plugins and those of the libraries, for this process; a second time changes nothing.
 
     Raises:
-        BuildError: a library does not load.
+        BuildError: a library does not load, or another one was loaded from its path.
     """
     if not paths:
         return
     trt.init_libnvinfer_plugins(logger, "")
     registry = trt.get_plugin_registry()
     for path in paths:
-        if path.resolve() in _LOADED:
+        try:
+            library = PluginLibrary.of_file(path)
+        except OSError as error:
+            raise _unloadable(path, str(error)) from error
+        loaded, _ = _LOADED.get(path.resolve(), (None, None))
+        if loaded is not None and loaded != library:
+            raise BuildError(
+                f"the plugin library {path} changed after this process loaded it",
+                why="its operators are registered once a process",
+                fix="load the engine in a process of its own",
+            )
+        if loaded is not None:
             continue
         # Gives None where it cannot; some releases raise.
         try:
@@ -84,10 +95,10 @@ def load_plugins(trt: ModuleType, logger: Any, paths: Sequence[Path]) -> None:
             raise _unloadable(path, str(error)) from error
         if handle is None:
             raise _unloadable(path, "TensorRT's log has the reason")
-        _LOADED[path.resolve()] = handle
+        _LOADED[path.resolve()] = library, handle
 
 
-_LOADED: dict[Path, Any] = {}
+_LOADED: dict[Path, tuple[PluginLibrary, Any]] = {}
 
 
 def _unloadable(path: Path, why: str) -> BuildError:

@@ -107,8 +107,23 @@ def test_each_is_registered_once_in_order(tmp_path: Path, library: Path, monkeyp
     load_plugins(trt, None, [])
     assert said == []
     second = tmp_path / "libsecond.so"
+    second.write_bytes(b"second")
     load_plugins(trt, None, [library, second])
     load_plugins(trt, None, [second])
     assert said == ["", "libown.so", "libsecond.so", ""]
-    with pytest.raises(BuildError, match=r"libbroken\.so does not load"):
-        load_plugins(trt, None, [broken])
+    for _ in range(2):  # missing, then refused
+        with pytest.raises(BuildError, match=r"libbroken\.so does not load"):
+            load_plugins(trt, None, [broken])
+        broken.write_bytes(b"broken")
+
+
+def test_a_library_that_changed_since_is_not_taken_for_the_one_that_is_loaded(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugins, "_LOADED", {})
+    registry = SimpleNamespace(load_library=lambda path: object())
+    trt: Any = SimpleNamespace(init_libnvinfer_plugins=lambda *_: True, get_plugin_registry=lambda: registry)
+    load_plugins(trt, None, [library])
+    library.write_bytes(b"another")
+    with pytest.raises(BuildError, match=r"libown\.so changed after this process loaded it"):
+        load_plugins(trt, None, [library])
