@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tempfile
 import warnings
@@ -154,8 +155,10 @@ class EngineCase:
         if artifact.status == "validated" and artifact.engine is not None:
             from trtforge.runtime.trt.execute import EngineRunner
 
-            facts = artifact.facts["engine"]
-            return EngineRunner(artifact.engine, facts["backend"], tf32=facts["tf32"]).run(feeds)
+            facts, compatible = artifact.facts["engine"], artifact.build_options.version_compatible
+            runner = EngineRunner(artifact.engine, facts["backend"], tf32=facts["tf32"], version_compatible=compatible)
+            with contextlib.closing(runner):
+                return runner.run(feeds)
         from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
 
         return OnnxRuntimeRunner(artifact.model, disable_quant_qdq=True).run(feeds)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cases"))
 
 from plugin_repository import CONFIG, MODEL, Repository, make_repository, with_outlier
+
+from trtforge.converter.compare_artifacts import Allowance
+from trtforge.converter.engine_case import EngineCase
+from trtforge.runtime.errors import ArtifactError
 
 
 @pytest.fixture
@@ -125,3 +132,35 @@ def test_wrong_marks_are_explained(repository: Repository, mark: str, words: str
     out = repository.pytest("test_engines.py", code=2)
     assert words in out
     assert "Traceback" not in out
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_running_an_engine_leaves_none_behind(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's memory, and the process's kind of TF32, stay taken until a runner is closed."""
+    left: list[str] = []
+
+    class Runner:
+        def __init__(self, *_: object, version_compatible: bool, **__: object) -> None:
+            assert version_compatible
+            left.append("open")
+
+        def run(self, feeds: object) -> object:
+            if fails:
+                raise ArtifactError("the engine failed while it ran")
+            return feeds
+
+        def close(self) -> None:
+            left.remove("open")
+
+    artifact = SimpleNamespace(
+        status="validated",
+        engine=Path("model.engine"),
+        facts={"engine": {"backend": "tensorrt", "tf32": False}},
+        build_options=SimpleNamespace(version_compatible=True),
+    )
+    monkeypatch.setattr(EngineCase, "artifact", artifact)
+    monkeypatch.setattr("trtforge.runtime.trt.execute.EngineRunner", Runner)
+    case = EngineCase("a::b", Path("a"), "b", cast("Any", None), Allowance(), strict=True)
+    with pytest.raises(ArtifactError) if fails else nullcontext():
+        case.run({})
+    assert left == []
