@@ -43,7 +43,13 @@ def collect_extras(package: Package, folder: Path) -> dict[str, Any]:
         from trtforge.runtime.trt.execute import inspect_engine
 
         try:
-            found = inspect_engine(folder / ENGINE, package.engine.backend)
+            found = inspect_engine(
+                folder / ENGINE,
+                package.engine.backend,
+                tf32=package.config.plan.float_default == "tf32",
+                version_compatible=package.config.target.options.version_compatible,
+                plugins=package.config.target.options.plugins,
+            )
             extras["engine_layers"] = engine_layers(found["layers"])
         except Exception as error:  # noqa: BLE001  # as above
             missing["engine_layers"] = f"{type(error).__name__}: {error}"

@@ -317,7 +317,12 @@ class _Run:
             engines = Engines(
                 build=lambda model, plan, place: self._build(model, specs, place, plan),
                 latency_ms=lambda engine, tf32: time_engine(
-                    engine.path, engine.backend, bench.proof / INPUTS_FILE, tf32=tf32
+                    engine.path,
+                    engine.backend,
+                    bench.proof / INPUTS_FILE,
+                    tf32=tf32,
+                    version_compatible=self.config.target.options.version_compatible,
+                    plugins=self.config.target.options.plugins,
                 ),
             )
         tools = Workbench(

@@ -283,36 +283,51 @@ def run_engine(
         ArtifactError: also where the engine ended the child natively.
     """
     args = {
-        "engine": str(engine),
-        "backend": backend,
         "feeds": str(feeds),
         "outputs": str(outputs),
         "profiles": dict(profiles or {}),
-        "tf32": tf32,
-        "version_compatible": version_compatible,
-        "plugins": [str(path.absolute()) for path in plugins],
+        **_opening(engine, backend, tf32, version_compatible, plugins),
     }
     return _in_child("trt.run", args, engine, on_event)
 
 
-def time_engine(engine: Path, backend: str, feeds: Path, *, tf32: bool = False) -> float:
+def time_engine(
+    engine: Path,
+    backend: str,
+    feeds: Path,
+    *,
+    tf32: bool = False,
+    version_compatible: bool = False,
+    plugins: Sequence[Path] = (),
+) -> float:
     """Milliseconds of one execution on the first sample named "opt" (or the first), in a child process.
+
+    Arguments are as of `run_engine`.
 
     Raises:
         TrtForgeError: as `EngineRunner` raises.
         ArtifactError: also where the engine ended the child natively.
     """
-    args = {"engine": str(engine), "backend": backend, "feeds": str(feeds), "tf32": tf32}
+    args = {"feeds": str(feeds), **_opening(engine, backend, tf32, version_compatible, plugins)}
     return float(_in_child("trt.time", args, engine, None)["milliseconds"])
 
 
-def inspect_engine(engine: Path, backend: str, *, tf32: bool = False) -> dict[str, Any]:
+def inspect_engine(
+    engine: Path,
+    backend: str,
+    *,
+    tf32: bool = False,
+    version_compatible: bool = False,
+    plugins: Sequence[Path] = (),
+) -> dict[str, Any]:
     """`{"inputs", "outputs", "profiles", "layers"}` of an engine, read in a child process; it takes the engine's GPU.
+
+    Arguments are as of `run_engine`.
 
     Raises:
         TrtForgeError: as `EngineRunner` raises.
     """
-    return _in_child("trt.inspect", {"engine": str(engine), "backend": backend, "tf32": tf32}, engine, None)
+    return _in_child("trt.inspect", _opening(engine, backend, tf32, version_compatible, plugins), engine, None)
 
 
 def run_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
@@ -322,13 +337,7 @@ def run_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     if not samples:
         raise ConfigError(f"{args['feeds']} holds no tensors", fix="record at least one sample `<sample>/<input>`")
     started = time.perf_counter()
-    runner = EngineRunner(
-        Path(args["engine"]),
-        args["backend"],
-        tf32=args["tf32"],
-        version_compatible=args.get("version_compatible", False),
-        plugins=[Path(path) for path in args.get("plugins", ())],
-    )
+    runner = _open(args)
     with contextlib.closing(runner):
         loaded = time.perf_counter()
         results: dict[str, Array] = {}
@@ -357,7 +366,7 @@ def time_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     """The child's end of `time_engine`: same arguments, JSON-able."""
     samples = group_samples(load_tensors(Path(args["feeds"]))[0])
     chosen = next((name for name in samples if name.rpartition(".")[2] == "opt"), next(iter(samples)))
-    with contextlib.closing(EngineRunner(Path(args["engine"]), args["backend"], tf32=args["tf32"])) as runner:
+    with contextlib.closing(_open(args)) as runner:
         kinds = {spec.name: spec.dtype for spec in runner.inputs}
         feeds = {name: array.astype(_numpy_dtype(kinds[name])) for name, array in samples[chosen].items()}
         return {"milliseconds": runner.time(feeds), "sample": chosen}
@@ -365,13 +374,35 @@ def time_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
 
 def inspect_task(args: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     """The child's end of `inspect_engine`."""
-    with contextlib.closing(EngineRunner(Path(args["engine"]), args["backend"], tf32=args["tf32"])) as runner:
+    with contextlib.closing(_open(args)) as runner:
         return {
             "inputs": [spec.to_json() for spec in runner.inputs],
             "outputs": [spec.to_json() for spec in runner.outputs],
             "profiles": [dict(profile) for profile in runner.profiles],
             "layers": runner.layers(),
         }
+
+
+def _opening(
+    engine: Path, backend: str, tf32: bool, version_compatible: bool, plugins: Sequence[Path]
+) -> dict[str, Any]:
+    return {
+        "engine": str(engine),
+        "backend": backend,
+        "tf32": tf32,
+        "version_compatible": version_compatible,
+        "plugins": [str(path.absolute()) for path in plugins],
+    }
+
+
+def _open(args: Mapping[str, Any]) -> EngineRunner:
+    return EngineRunner(
+        Path(args["engine"]),
+        args["backend"],
+        tf32=args["tf32"],
+        version_compatible=args.get("version_compatible", False),
+        plugins=[Path(path) for path in args.get("plugins", ())],
+    )
 
 
 def _in_child(task: str, args: Mapping[str, Any], engine: Path, on_event: OnEvent | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 from trtforge.runtime.device import gpu_present
 from trtforge.runtime.errors import ArtifactError
 from trtforge.runtime.tensors import group_samples, save_tensors
+from trtforge.runtime.trt import execute
 from trtforge.runtime.trt.backend import find_backend
 from trtforge.runtime.trt.execute import EngineRunner, _extent, _holds, inspect_engine, run_engine
 
@@ -77,3 +78,19 @@ def test_samples_are_grouped_at_the_first_slash():
     }
     with pytest.raises(ArtifactError, match="'a' belongs to no sample"):
         group_samples({"a": np.zeros(1)})
+
+
+@pytest.mark.parametrize("task", [execute.run_engine, execute.time_engine, execute.inspect_engine])
+def test_every_child_opens_the_engine_as_it_was_built(task, tmp_path, monkeypatch):
+    opened = []
+
+    def run_child(name, args, on_event=None):
+        execute._open(args)
+        return {"milliseconds": 1.0}
+
+    monkeypatch.setattr(execute, "run_child", run_child)
+    monkeypatch.setattr(execute, "EngineRunner", lambda *args, **named: opened.append((args, named)))
+    files = {"run_engine": 2, "time_engine": 1, "inspect_engine": 0}[task.__name__]
+    built = {"tf32": True, "version_compatible": True, "plugins": [tmp_path / "libx.so"]}
+    task(tmp_path / "model.engine", "tensorrt", *[tmp_path / "samples"] * files, **built)
+    assert opened == [((tmp_path / "model.engine", "tensorrt"), built)]
