@@ -3,7 +3,8 @@
     python benchmarks/peers.py [--models resnet50 …] [--batches 1 32] [--precision fp16] [--auto] [--folder DIR]
         [--json FILE]
 
-Artifacts are made first, several at a time; then each cell runs alone, in a process of its own: both sides on the same
+Artifacts are made first, several at a time (with `--jobs 1` each before its cell); each cell runs alone, in a process
+of its own: both sides on the same
 weights and inputs, taking turns round by round. `call` is the plain call of trtforge's engine, `bind` its zero-copy
 form, `bare` TensorRT's own context captured by torch; `compile` is torch.compile (max-autotune, which captures CUDA
 graphs) of the model in the same dtype, channels_last for convolutions; `eager` is PyTorch as it comes. Times are
@@ -287,12 +288,21 @@ def main() -> None:
             print(f"{cell[0]} at batch {cell[1]} prepared in {time.perf_counter() - started:.0f} s", flush=True)
             return done
 
-        with ThreadPoolExecutor(options.jobs) as pool:
-            makes = [pool.submit(make, cell) for cell in cells]
-            made = [cell for cell, make in zip(cells, makes, strict=True) if not failed(make.result(), cell)]
+        made: dict[tuple[str, int], bool] = {}
+
+        def ready(cell: tuple[str, int]) -> bool:
+            if cell not in made:
+                made[cell] = not failed(make(cell), cell)
+            return made[cell]
+
+        if options.jobs > 1 or options.prepare_only:
+            with ThreadPoolExecutor(options.jobs) as pool:
+                list(pool.map(ready, cells))
         if options.prepare_only:
             return
         for name in options.loads:
+            if not ready((name, options.batches[0])):
+                continue
             with tempfile.TemporaryDirectory() as cache:
                 os.environ["XDG_CACHE_HOME"] = cache
                 loads = [
@@ -321,13 +331,13 @@ def main() -> None:
             return found
 
         results = []
-        for cell in made if options.sides else []:
-            if found := measure("cell", cell):
+        for cell in cells if options.sides else []:
+            if ready(cell) and (found := measure("cell", cell)):
                 results.append(found)
                 print_cells([found])
         print_cells(results)
-        for cell in made if options.auto else []:
-            if found := measure("auto", cell):
+        for cell in cells if options.auto else []:
+            if ready(cell) and (found := measure("auto", cell)):
                 ms, chosen = found["ms"], found["auto"]
                 times = f"auto {ms['auto']:.4f} ms, {options.precision} {ms[options.precision]:.4f} ms"
                 print(f"{cell[0]} at batch {cell[1]}: auto picks {chosen}, {times}", flush=True)
