@@ -33,7 +33,11 @@ def open_polygraphy(engine: Path, backend: str, *, tf32: bool) -> Callable[[Mapp
         raise MissingDependencyError(f"polygraphy does not load: {error}", fix="pip install polygraphy") from error
     hold = Tf32Hold(tf32)
     runner = TrtRunner(EngineFromBytes(BytesFromPath(str(engine))))
-    runner.activate()
+    try:
+        runner.activate()
+    except BaseException:
+        hold.release()
+        raise
 
     def infer(feeds: Mapping[str, Any]) -> dict[str, Any]:
         return dict(runner.infer(feeds, check_inputs=False, copy_outputs_to_host=False))

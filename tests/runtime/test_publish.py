@@ -117,3 +117,18 @@ def test_hashes_agree(tmp_path: Path) -> None:
     data = os.urandom(3_000_000)
     (tmp_path / "x").write_bytes(data)
     assert hash_file(tmp_path / "x") == hash_bytes(data)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux shows the mask there")
+def test_the_umask_holds_and_is_never_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (staged := tmp_path / "staged").mkdir()
+    (staged / "file").touch(0o600)
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", lambda mask: pytest.fail("other threads would write by this mask"))
+            publish_folder(staged, tmp_path / "done")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "done").stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "done/file").stat().st_mode & 0o777 == 0o640
