@@ -205,9 +205,10 @@ def test_the_child_goes_with_its_parent(tmp_path, how):
     args = _run_args(tmp_path)
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    # A shell that started the tests in the background has them, and all that they start, ignore SIGINT.
+    # A shell that started the tests in the background has them, and all that they start, ignore SIGINT; nohup, SIGHUP.
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         f"from trtforge.runtime.child import run_child; run_child('onnx.run', {args | {'feeds': str(fifo)}!r})"
     )
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as parent:
