@@ -230,9 +230,7 @@ def _plan(precision: str | Mapping[str, Any] | PrecisionPlan) -> PrecisionPlan:
     if asks_auto(precision):
         rest = precision if isinstance(precision, Mapping) else {}
         return PrecisionPlan.from_data({**rest, "default": "fp32"}, name="precision")
-    if not isinstance(precision, str):
-        return PrecisionPlan.from_data(precision, name="precision", others=[AUTO])
-    if precision.endswith((".yaml", ".yml")):
+    if isinstance(precision, str) and precision.endswith((".yaml", ".yml")):
         return PrecisionPlan.load(Path(precision))
     return PrecisionPlan.from_data(precision, name="precision", others=[AUTO])
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import yaml
 
@@ -206,11 +205,11 @@ class PrecisionPlan:
 
         `others` are names that the caller takes besides, for the error's text.
         """
-        if isinstance(data, str) and data not in PRECISIONS:
-            meant = _ALIASES.get(data.lower().removeprefix("torch."), data)
-            raise ConfigError(f"{name} is {data!r}", fix=nearest(meant, (*PRECISIONS, *others)))
         if isinstance(data, str):
-            return cls(default=typing.cast("Precision", data))
+            if data not in PRECISIONS:
+                meant = _ALIASES.get(data.lower().removeprefix("torch."), data)
+                raise ConfigError(f"{name} is {data!r}", fix=nearest(meant, (*PRECISIONS, *others)))
+            return cls(default=cast("Precision", data))
         if not isinstance(data, Mapping):
             raise ConfigError(f"{name} is {type(data).__name__}, not a precision or a mapping of default and rules")
         _check_keys(name, data, {"version", "default", "base", "graph", "keep_io", "overflow_guard", "rules"})

@@ -142,13 +142,14 @@ def publish_folder(staged: Path, target: Path) -> None:
         ArtifactError: `target` is a file, a symbolic link or read-only, or cannot be written.
     """
     check_replaceable(target)
+    mask = ~_umask()
     try:
         for path in sorted(staged.rglob("*")):
-            os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_umask())  # some writers make private files
+            os.chmod(path, (0o777 if path.is_dir() else 0o666) & mask)  # some writers make private files
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-        os.chmod(staged, 0o777 & ~_umask())
+        os.chmod(staged, 0o777 & mask)
         _put(staged, target)
     except OSError as error:
         raise ArtifactError(

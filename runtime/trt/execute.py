@@ -400,8 +400,8 @@ def _open(args: Mapping[str, Any]) -> EngineRunner:
         Path(args["engine"]),
         args["backend"],
         tf32=args["tf32"],
-        version_compatible=args.get("version_compatible", False),
-        plugins=[Path(path) for path in args.get("plugins", ())],
+        version_compatible=args["version_compatible"],
+        plugins=[Path(path) for path in args["plugins"]],
     )
 
 
