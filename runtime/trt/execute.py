@@ -65,7 +65,9 @@ class EngineRunner:
         self._buffers: dict[str, DeviceBuffer] = {}
         self._opened = OpenEngine(engine, found, tf32=tf32, options=options)
         self._log = self._opened.log
-        self._context: Any = self._opened.engine.create_execution_context()
+        # As `session` makes them: a proof is of the kernels that will run.
+        self._config = (self._opened.eager_config(),) if found.name == "tensorrt-rtx" else ()
+        self._context: Any = self._opened.engine.create_execution_context(*self._config)
         if self._context is None:
             raise self._opened.refused("gives no execution context")
         self._inputs, self._outputs = self._opened.inputs, self._opened.outputs
@@ -177,7 +179,7 @@ class EngineRunner:
     def close(self) -> None:
         """Frees the engine and its memory; the runner is of no use afterwards."""
         self._cuda.make_current()
-        self._context = None
+        self._context, self._config = None, ()
         self._opened.close()
         for buffer in self._buffers.values():
             buffer.free()

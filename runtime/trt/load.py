@@ -89,6 +89,18 @@ class OpenEngine:
             for number in range(self.engine.num_optimization_profiles)
         )
 
+    def eager_config(self) -> Any:
+        """An `IRuntimeConfig` of TensorRT-RTX: the first call with new shapes waits for the kernels made for them.
+
+        Else calls begin with general kernels, and a thread puts others in their place at any time later: those in a
+        captured graph would be the slow ones, and what a proof has seen is not what runs afterwards. Where shapes are
+        fixed it makes no difference.
+        """
+        config = self.engine.create_runtime_config()
+        strategies = self.trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        return config
+
     def close(self) -> None:
         """Drops the engine, then the runtime; its contexts must be gone."""
         self.engine = None

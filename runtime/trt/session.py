@@ -143,13 +143,8 @@ class _Compiler:
 
     def __init__(self, opened: OpenEngine, device: DeviceFacts, digest: str) -> None:
         self._engine = opened.engine
-        trt = opened.trt
         self._file = RuntimeCacheFile.of_engine(opened.path, opened.backend.version, device, digest)
-        self._config = opened.engine.create_runtime_config()
-        # Lazily compiled kernels would replace those in a captured graph; this way the first call with new shapes waits
-        # for its kernels, and the graph holds the fast ones. Where shapes are fixed it makes no difference.
-        strategies = trt.DynamicShapesKernelSpecializationStrategy
-        self._config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        self._config = opened.eager_config()
         self._cache = self._config.create_runtime_cache()
         kept = self._file.read() if self._file else None
         if kept is not None and not self._cache.deserialize(kept):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -124,6 +125,16 @@ def _close(y: torch.Tensor, expected, tolerance: float = 5e-4) -> None:
     torch.testing.assert_close(
         y.double().cpu(), torch.as_tensor(expected).double().cpu(), rtol=tolerance, atol=tolerance
     )
+
+
+def test_the_proof_runs_the_kernels_that_a_user_runs(built):
+    path = built(CNN, ({"x": ((1, 3, 16, 16), (4, 3, 32, 32), (8, 3, 64, 64))},))
+    inputs = [_normal(batch, 3, size, size, seed=batch) for batch, size in [(1, 16), (4, 32), (8, 64), (3, 48)]]
+    with contextlib.closing(EngineRunner(path)) as runner, _load(path) as engine:
+        for x in inputs:
+            proved = runner.run({"x": x.cpu().numpy()})["y"]
+            for _ in range(3):  # at once, captured, and replayed
+                np.testing.assert_array_equal(engine(x).cpu().numpy(), proved)
 
 
 @pytest.mark.parametrize("graphs", [0, 4, 32])
