@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What only a GPU can show, spread over the GPUs of one host, one job at a time on each:
 #   bash benchmarks/on_gpu.sh SECONDS [JOB ...]        e.g. 560 tests "cell vit_b_16 32" "auto encoder 1" loads
-# A job is tests, loads, patches, endurance, engine, doctor, bench, "cell MODEL BATCH" or "auto MODEL BATCH"; without
-# any, all of them. Each has the rest of SECONDS. Logs and figures are packed into $OUT/on_gpu.tgz as every job ends,
+# A job is tests, loads, patches, endurance, engine, doctor, bench, "cell MODEL BATCH", "auto MODEL BATCH" or "again
+# MODEL PRECISION TIMES", which proves one engine in a process after the other; without any, all but the last. Each has the rest of SECONDS. Logs and figures are packed into $OUT/on_gpu.tgz as every job ends,
 # and the end of each log is printed. Artifacts stay in /tmp/peers for the next call on the same machine.
 set -u
 deadline=$((SECONDS + $1)) && shift
@@ -24,6 +24,17 @@ next() { # takes the queue's first line
 
 peers() { python3 benchmarks/peers.py --folder $work --jobs 1 --timeout 400 --json "$logs/peers-$CUDA_VISIBLE_DEVICES.jsonl" "$@"; }
 
+again() { # MODEL PRECISION TIMES
+  local failed=0
+  sed "s/\\[fp32, fp16, bf16\\]/[$2]/" "configs/$1.yaml" >configs/_again.yaml
+  python3 -m trtforge convert configs/_again.yaml --only "$1-$2" -o $work/again || failed=$?
+  rm configs/_again.yaml
+  for ((turn = 0; turn < $3; turn++)); do
+    python3 -m trtforge validate "$work/again/$1-$2" || failed=$?
+  done
+  return $failed
+}
+
 job() {
   case $1 in
     tests)
@@ -37,6 +48,7 @@ job() {
     engine) python3 benchmarks/engine.py --no-compile ;;
     doctor) python3 -m trtforge doctor ;;
     bench) peers --models resnet18 --batches 1 --prepare-only && python3 -m trtforge bench $work/resnet18-1-fp16 ;;
+    again) again "$2" "$3" "$4" ;;
     *) echo "no such job: $*" && return 2 ;;
   esac
 }
@@ -55,7 +67,7 @@ worker() {
   done
 }
 
-export -f job peers && export logs work
+export -f again job peers && export logs work
 python3 examples/digits/train.py >"$logs/train.log" 2>&1
 for ((gpu = 0; gpu < gpus; gpu++)); do worker $gpu & done
 wait
