@@ -78,7 +78,7 @@ def bare(path: Path, feeds: dict[str, torch.Tensor], tf32: bool) -> tuple[Call, 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         assert context.execute_async_v3(stream.cuda_stream)
-    kept = (runtime, engine, context, logger, hold)
+    kept = (runtime, engine, context, logger, hold, tensors)  # the graph reads the inputs where they are
     output = list(tensors.values())[-1]
 
     def replay(_: Any = kept) -> torch.Tensor:
