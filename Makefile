@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: setup demo test test-long check format facts clean
 setup: .venv/.done
 
-.venv/.done: pyproject.toml setup.py calibration/count.c
+.venv/.done: pyproject.toml setup.py calibration/count.c runtime/replay.c
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[rtx,vision,dev]'

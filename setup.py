@@ -1,16 +1,16 @@
-"""The one compiled part; all else is in pyproject.toml, where setuptools calls extension modules experimental."""
+"""The compiled parts; all else is in pyproject.toml, where setuptools calls extension modules experimental."""
 
 from setuptools import Extension, setup
 
-# Loaded by ctypes, so it needs no headers of Python's. Optional: without a compiler numpy counts instead.
+
+def _compiled(module: str, source: str) -> Extension:
+    # Loaded by ctypes, so it needs no headers of Python's. Optional: Python does the same without a compiler.
+    return Extension(f"trtforge.{module}", [source], extra_compile_args=["-O3"], py_limited_api=True, optional=True)
+
+
 setup(
     ext_modules=[
-        Extension(
-            "trtforge.calibration._count",
-            ["calibration/count.c"],
-            extra_compile_args=["-O3"],
-            py_limited_api=True,
-            optional=True,
-        )
+        _compiled("calibration._count", "calibration/count.c"),
+        _compiled("runtime._replay", "runtime/replay.c"),
     ]
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trtforge.runtime.errors import ConfigError
-from trtforge.runtime.lanes import Graph, Lane, Plan
+from trtforge.runtime.lanes import Lane, Plan, Replay
 
 __all__ = ["Bound"]
 
@@ -23,7 +23,7 @@ class Bound:
         enter: Prepares the calling thread and gives its current stream; keeps the engine alive.
         lane: Where it runs.
         plan: For the shapes of the tensors.
-        graph: The captured run at their addresses, or None.
+        replay: The captured run at their addresses, or None.
         inputs: Bound inputs, in order.
         outputs: Bound outputs, in order.
         results: What a call returns: the output, or a dict by name.
@@ -34,7 +34,7 @@ class Bound:
         enter: Callable[[], int],
         lane: Lane,
         plan: Plan,
-        graph: Graph | None,
+        replay: Replay | None,
         inputs: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor],
         results: Any,
@@ -42,7 +42,7 @@ class Bound:
         self._enter = enter
         self._lane = lane
         self._plan = plan
-        self._graph = graph
+        self._replay = replay
         self._inputs = tuple(inputs)
         self._results = results
         # The tensors must live as long as their addresses are used.
@@ -62,7 +62,7 @@ class Bound:
     @property
     def captured(self) -> bool:
         """Whether a CUDA graph is replayed; if not, every call puts the layers on the stream one by one."""
-        return self._graph is not None
+        return self._replay is not None
 
     def __call__(self) -> Any:
         """Runs on what the inputs hold now; returns the bound outputs, which the next call overwrites.
@@ -76,5 +76,5 @@ class Bound:
         with lane.lock:
             if lane.closed:
                 raise ConfigError("the engine was closed", fix="load it again")
-            lane.run_at(self._plan, self._addresses, self._graph, stream)
+            lane.run_at(self._plan, self._addresses, self._replay, stream)
         return self._results

@@ -198,13 +198,13 @@ class Engine:
             addresses = aligned_addresses(
                 (*self._inputs, *self._outputs), (*tensors, *outputs), self._session.alignment
             )
-            graph = lane.bind(plan, addresses, stream)
+            replay = lane.bind(plan, addresses, stream)
         except torch.OutOfMemoryError as error:
             raise no_memory(self._device) from error
         finally:
             lane.lock.release()
         self._session.kernels_changed()
-        return Bound(self._enter, lane, plan, graph, tensors, outputs, self._named(outputs))
+        return Bound(self._enter, lane, plan, replay, tensors, outputs, self._named(outputs))
 
     @contextlib.contextmanager
     def profile(self) -> Iterator[LayerTimes]:

@@ -15,12 +15,31 @@ from typing import Protocol
 from trtforge.runtime.errors import ArtifactError, ConfigError
 from trtforge.runtime.specs import TensorSpec
 
-__all__ = ["Allocate", "Buffer", "Context", "Graph", "Lane", "Lanes", "OnLayer", "Plan", "Session", "Shape"]
+__all__ = [
+    "Allocate",
+    "Buffer",
+    "Context",
+    "Graph",
+    "Lane",
+    "Lanes",
+    "OnLayer",
+    "Plan",
+    "Replay",
+    "Session",
+    "Shape",
+    "replay_in_steps",
+]
 
 Shape = tuple[int, ...]
 
 OnLayer = Callable[[str, float], None]
 """Receives the name and the time, in ms, of each layer of each run."""
+
+Replay = Callable[[Sequence[int], int], None]
+"""Runs a captured graph on the contents of the caller's addresses, inputs then outputs, in a stream's order: waits for
+the context's earlier work, copies in, launches, copies out, and is the context's work from there on. Where the graph
+was captured at the caller's addresses they are left out, and nothing is copied.
+"""
 
 _SIGHTINGS_KEPT = 1024
 _CLOSING_S = 30.0
@@ -53,6 +72,17 @@ class Context(Protocol):
         """Records a run without running it; it must have run before, since `set_shapes`, at these addresses.
 
         None where that cannot be, or not now; `wait` makes it wait until it can be now.
+        """
+        ...
+
+    def make_replay(self, graph: Graph, inputs: int, inside: Sequence[int], sizes: Sequence[int]) -> Replay:
+        """What `replay_in_steps` gives, or the same faster.
+
+        Args:
+            graph: Of this context; the replay keeps it.
+            inputs: How many of the addresses are inputs.
+            inside: Where it was captured, inputs then outputs; none to copy nothing.
+            sizes: Bytes at each of them.
         """
         ...
 
@@ -176,7 +206,7 @@ class Lane:
         self._buffers: list[Buffer] = []
         self._room: list[int] = []
         self._addresses: tuple[int, ...] = ()
-        self._graphs: OrderedDict[Plan, Graph] = OrderedDict()
+        self._graphs: OrderedDict[Plan, Replay] = OrderedDict()
         self._sighted: OrderedDict[Plan, None] = OrderedDict()
         self._shaped: Sequence[Shape] | None = None
 
@@ -194,44 +224,41 @@ class Lane:
 
     def call(self, plan: Plan, inputs: Sequence[int], outputs: Sequence[int], stream: int) -> None:
         """Runs on the contents of `inputs` into `outputs`, both addresses, in the stream's order."""
-        graph = self._graphs.get(plan)
-        if graph is None:
-            self._make_room(plan)
-            self._set_shapes(plan)
-        else:
+        if replay := self._graphs.get(plan):
             self._graphs.move_to_end(plan)
+            replay([*inputs, *outputs], stream)
+            return
+        self._make_room(plan)
+        self._set_shapes(plan)
         context, sizes, addresses = self.context, plan.sizes, self._addresses
         first_output = len(inputs)
         context.begin(stream)
         try:
             for source, target, size in zip(inputs, addresses, sizes, strict=False):
                 context.copy(target, source, size, stream)
-            if graph is None:
-                context.run(addresses, stream)
-            else:
-                graph.launch(stream)
+            context.run(addresses, stream)
             for target, source, size in zip(outputs, addresses[first_output:], sizes[first_output:], strict=True):
                 context.copy(target, source, size, stream)
         finally:
             context.end(stream)
-        if graph is None and self._came_back(plan):
-            self._keep(plan, context.capture(addresses, wait=False))
+        if self._came_back(plan) and (graph := context.capture(addresses, wait=False)):
+            self._keep(plan, context.make_replay(graph, first_output, addresses, sizes))
 
-    def bind(self, plan: Plan, addresses: Sequence[int], stream: int) -> Graph | None:
+    def bind(self, plan: Plan, addresses: Sequence[int], stream: int) -> Replay | None:
         """Runs once at the caller's addresses and captures that; None where nothing can be captured."""
         self.run_at(plan, addresses, None, stream)
-        return self.context.capture(addresses, wait=True) if self._graph_limit else None
+        graph = self.context.capture(addresses, wait=True) if self._graph_limit else None
+        return self.context.make_replay(graph, 0, (), ()) if graph else None
 
-    def run_at(self, plan: Plan, addresses: Sequence[int], graph: Graph | None, stream: int) -> None:
+    def run_at(self, plan: Plan, addresses: Sequence[int], replay: Replay | None, stream: int) -> None:
         """Runs at the caller's addresses, by their graph where there is one."""
-        if graph is None:
-            self._set_shapes(plan)
+        if replay:
+            replay((), stream)
+            return
+        self._set_shapes(plan)
         self.context.begin(stream)
         try:
-            if graph is None:
-                self.context.run(addresses, stream)
-            else:
-                graph.launch(stream)
+            self.context.run(addresses, stream)
         finally:
             self.context.end(stream)
 
@@ -274,10 +301,8 @@ class Lane:
             self._sighted.popitem(last=False)
         return False
 
-    def _keep(self, plan: Plan, graph: Graph | None) -> None:
-        if graph is None:
-            return
-        self._graphs[plan] = graph
+    def _keep(self, plan: Plan, replay: Replay) -> None:
+        self._graphs[plan] = replay
         if len(self._graphs) > self._graph_limit:
             dropped, _ = self._graphs.popitem(last=False)
             self._sighted.pop(dropped, None)
@@ -314,8 +339,8 @@ class Lanes:
     def acquire(self, stream: int, profile: int) -> Lane:
         """A lane for one call on a stream, locked; the caller releases `lock`.
 
-        Of the profile's lanes the one that this stream used last; else one without work; else a new one; else the one
-        chosen longest ago. Calls on one stream follow each other on the GPU anyway, so they share a lane, whatever
+        Of the profile's lanes the one that this stream used last; else, where one more may be opened, one without work
+        or a new one; else of those that no call holds the one chosen longest ago. Calls on one stream follow each other on the GPU anyway, so they share a lane, whatever
         threads they come from.
 
         Raises:
@@ -351,12 +376,16 @@ class Lanes:
         with self._changed:
             while not self._closed:
                 lanes = self._lanes.setdefault(profile, [])
-                lane = _find(lanes, stream)
+                lane = next((lane for lane in lanes if lane.stream == stream), None)
                 if lane is None and profile not in self._opening and self._may_open(profile, lanes):
-                    self._opening.add(profile)
-                    return None
+                    lane = next((lane for lane in lanes if not lane.lock.locked() and lane.context.is_idle()), None)
+                    if lane is None:
+                        self._opening.add(profile)
+                        return None
                 if lane is None and lanes:
-                    lane = lanes.pop(0)
+                    # Whether it has work left is not asked here: the driver's answer costs every caller its turn.
+                    lane = next((lane for lane in lanes if not lane.lock.locked()), lanes[0])
+                    lanes.remove(lane)
                     lanes.append(lane)
                 if lane is not None:
                     lane.stream = stream
@@ -389,14 +418,23 @@ class Lanes:
         return lane or self._lanes[profile][0]
 
 
-def _find(lanes: Sequence[Lane], stream: int) -> Lane | None:
-    for lane in lanes:
-        if lane.stream == stream:
-            return lane
-    for lane in lanes:
-        if not lane.lock.locked() and lane.context.is_idle():
-            return lane
-    return None
+def replay_in_steps(context: Context, graph: Graph, inputs: int, inside: Sequence[int], sizes: Sequence[int]) -> Replay:
+    """A replay that is made of the context's own steps; arguments are as of `Context.make_replay`."""
+    into = list(zip(inside[:inputs], sizes[:inputs], strict=True))
+    out_of = list(zip(inside[inputs:], sizes[inputs:], strict=True))
+
+    def replay(outside: Sequence[int], stream: int) -> None:
+        context.begin(stream)
+        try:
+            for (target, size), source in zip(into, outside, strict=False):
+                context.copy(target, source, size, stream)
+            graph.launch(stream)
+            for (source, size), target in zip(out_of, outside[inputs:], strict=True):
+                context.copy(target, source, size, stream)
+        finally:
+            context.end(stream)
+
+    return replay
 
 
 def _closed() -> ConfigError:

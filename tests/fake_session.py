@@ -15,6 +15,7 @@ from collections import deque
 import numpy as np
 
 from trtforge.runtime.errors import ArtifactError
+from trtforge.runtime.lanes import replay_in_steps
 from trtforge.runtime.specs import TensorSpec
 
 Work = tuple[str, object]
@@ -148,6 +149,9 @@ class FakeContext:
             return None
         self.session.captures += 1
         return FakeGraph(self, addresses, self.shaped)
+
+    def make_replay(self, graph, inputs, inside, sizes):
+        return replay_in_steps(self, graph, inputs, inside, sizes)
 
     def copy(self, target, source, size_bytes, stream):
         self.session.gpu.put(stream, "work", lambda: ctypes.memmove(target, source, size_bytes))

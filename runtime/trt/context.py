@@ -10,10 +10,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from trtforge.runtime.errors import ArtifactError, ConfigError
-from trtforge.runtime.lanes import Graph, OnLayer, Shape
+from trtforge.runtime.lanes import Graph, OnLayer, Replay, Shape, replay_in_steps
 from trtforge.runtime.specs import TensorSpec
 from trtforge.runtime.trt.gate import GATE
 from trtforge.runtime.trt.load import OpenEngine
+from trtforge.runtime.trt.replay import NativeReplay, native_replay
 from trtforge.runtime.trt.streams import CaptureError, Streams
 
 __all__ = ["GpuContext", "attach_profiler"]
@@ -143,6 +144,13 @@ class GpuContext:
                 handle = 0
         return handle
 
+    def make_replay(self, graph: Graph, inputs: int, inside: Sequence[int], sizes: Sequence[int]) -> Replay:
+        """See `lanes.Context`."""
+        function = native_replay()
+        if function is None or not isinstance(graph, _GpuGraph):
+            return replay_in_steps(self, graph, inputs, inside, sizes)
+        return NativeReplay(function, self._streams, graph, done=self._done, inputs=inputs, inside=inside, sizes=sizes)
+
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
         """See `lanes.Context`."""
         if size_bytes:
@@ -221,11 +229,11 @@ class _GpuGraph:
 
     def __init__(self, streams: Streams, handle: int) -> None:
         self._streams = streams
-        self._handle = handle
+        self.handle = handle
         weakref.finalize(self, streams.destroy_graph, handle)
 
     def launch(self, stream: int) -> None:
-        self._streams.launch(self._handle, stream)
+        self._streams.launch(self.handle, stream)
 
 
 def attach_profiler(opened: OpenEngine, context: Any, on_layer: OnLayer) -> Any:

@@ -10,6 +10,7 @@ import ctypes
 from typing import Any
 
 from trtforge.runtime.trt.cuda import Cuda
+from trtforge.runtime.trt.replay import DriverCalls
 
 __all__ = ["CaptureError", "Streams"]
 
@@ -49,6 +50,9 @@ class Streams:
     """The driver's calls. The device's context must be current in the calling thread: `Cuda.make_current`.
 
     Methods raise ArtifactError where the driver refuses, unless they say otherwise.
+
+    Attributes:
+        calls: The driver's functions that a replay takes, for compiled code.
     """
 
     def __init__(self, cuda: Cuda) -> None:
@@ -61,6 +65,8 @@ class Streams:
         # Bound once: these run on every call of an engine.
         self._record, self._wait = lib.cuEventRecord, lib.cuStreamWaitEvent
         self._copy, self._launch = lib.cuMemcpyDtoDAsync_v2, lib.cuGraphLaunch
+        functions = (self._wait, self._copy, self._launch, self._record)
+        self.calls = DriverCalls(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
 
     def create_stream(self) -> int:
         """A stream that does not wait for the legacy default stream."""
@@ -68,7 +74,7 @@ class Streams:
 
     def destroy_stream(self, stream: int) -> None:
         """Destroys it once its work is done."""
-        self._check(self._lib.cuStreamDestroy_v2(stream), "cuStreamDestroy")
+        self.check(self._lib.cuStreamDestroy_v2(stream), "cuStreamDestroy")
 
     def create_event(self) -> int:
         """An event without timing, which counts as done until it is recorded."""
@@ -76,38 +82,38 @@ class Streams:
 
     def destroy_event(self, event: int) -> None:
         """Destroys it."""
-        self._check(self._lib.cuEventDestroy_v2(event), "cuEventDestroy")
+        self.check(self._lib.cuEventDestroy_v2(event), "cuEventDestroy")
 
     def record(self, event: int, stream: int) -> None:
         """Makes the event stand for all work of the stream so far."""
         if code := self._record(event, stream):
-            self._check(code, "cuEventRecord")
+            self.check(code, "cuEventRecord")
 
     def wait(self, stream: int, event: int) -> None:
         """Makes later work of the stream wait for the event; the host does not."""
         if code := self._wait(stream, event, 0):
-            self._check(code, "cuStreamWaitEvent")
+            self.check(code, "cuStreamWaitEvent")
 
     def is_done(self, event: int) -> bool:
         """Whether the work that the event stands for is done."""
         code = self._lib.cuEventQuery(event)
         if code == _NOT_READY:
             return False
-        self._check(code, "cuEventQuery")
+        self.check(code, "cuEventQuery")
         return True
 
     def finish(self, event: int) -> None:
         """Makes the host wait for the event."""
-        self._check(self._lib.cuEventSynchronize(event), "cuEventSynchronize")
+        self.check(self._lib.cuEventSynchronize(event), "cuEventSynchronize")
 
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
         """Copies on the GPU, in the stream's order."""
         if code := self._copy(target, source, size_bytes, stream):
-            self._check(code, "cuMemcpyDtoDAsync")
+            self.check(code, "cuMemcpyDtoDAsync")
 
     def begin_capture(self, stream: int) -> None:
         """From here on what this thread puts on the stream is recorded instead of run."""
-        self._check(self._lib.cuStreamBeginCapture_v2(stream, _THREAD_LOCAL), "cuStreamBeginCapture")
+        self.check(self._lib.cuStreamBeginCapture_v2(stream, _THREAD_LOCAL), "cuStreamBeginCapture")
 
     def end_capture(self, stream: int) -> int:
         """The recorded work as an executable graph, uploaded to the GPU.
@@ -131,7 +137,7 @@ class Streams:
     def launch(self, graph: int, stream: int) -> None:
         """Puts the graph's work on the stream."""
         if code := self._launch(graph, stream):
-            self._check(code, "cuGraphLaunch")
+            self.check(code, "cuGraphLaunch")
 
     def destroy_graph(self, graph: int) -> None:
         """Destroys an executable graph; work of it that is under way still finishes.
@@ -140,10 +146,11 @@ class Streams:
         """
         self._lib.cuGraphExecDestroy(graph)
 
+    def check(self, code: int, name: str) -> None:
+        """Judges what the driver's function `name` returned."""
+        self._cuda.check(code, name)
+
     def _made(self, name: str, flags: int) -> int:
         handle = _HANDLE()
-        self._check(getattr(self._lib, name)(ctypes.byref(handle), flags), name)
+        self.check(getattr(self._lib, name)(ctypes.byref(handle), flags), name)
         return int(handle.value or 0)
-
-    def _check(self, code: int, name: str) -> None:
-        self._cuda.check(code, name)
