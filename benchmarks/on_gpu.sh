@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # What only a GPU can show, spread over the GPUs of one host, one job at a time on each:
 #   bash benchmarks/on_gpu.sh SECONDS [JOB ...]        e.g. 560 tests "cell vit_b_16 32" "auto encoder 1" loads
-# A job is tests, loads, patches, endurance, engine, doctor, bench, "cell MODEL BATCH", "auto MODEL BATCH" or "again
-# MODEL PRECISION TIMES", which proves one engine in a process after the other; without any, all but the last. Each has the rest of SECONDS. Logs and figures are packed into $OUT/on_gpu.tgz as every job ends,
-# and the end of each log is printed. Artifacts stay in /tmp/peers for the next call on the same machine.
+# A job is tests, loads, patches, endurance, engine, doctor, bench, "cell MODEL BATCH" or "auto MODEL BATCH"; or threads,
+# a part of endurance; "pytest FILE"; "again MODEL PRECISION TIMES", which proves one engine in a process after the
+# other. Without any, all but the last three. Each has the rest of SECONDS. Logs and figures are packed into
+# $OUT/on_gpu.tgz as every job ends, and the end of each log is printed. Artifacts stay in /tmp/peers for the next call
+# on the same machine.
 set -u
 deadline=$((SECONDS + $1)) && shift
 out=${OUT:?} logs=$(mktemp -d) work=/tmp/peers
 gpus=${GPUS:-$(nvidia-smi -L | wc -l)}
-export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / gpus))} TORCHINDUCTOR_COMPILE_THREADS=8
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / gpus))}
+export TORCHINDUCTOR_COMPILE_THREADS=$OMP_NUM_THREADS
 models=(vit_b_16 swin_t encoder efficientnet_b0 resnet50 mobilenet_v2 resnet18)
 
 if (($#)); then printf '%s\n' "$@" >"$logs/queue"; else
@@ -44,6 +47,8 @@ job() {
     auto) peers --models "$2" --batches "$3" --sides --auto ;;
     loads) peers --models vit_b_16 --batches 1 --sides --loads vit_b_16 ;;
     patches) python3 benchmarks/patches.py --json "$logs/patches.jsonl" ;;
+    pytest) python3 -m pytest "${@:2}" -v -ra -p no:benchmark -p no:cacheprovider --tb=short ;;
+    threads) python3 benchmarks/endurance.py --parts threads --json "$logs/endurance.jsonl" ;;
     endurance) python3 benchmarks/endurance.py --json "$logs/endurance.jsonl" ;;
     engine) python3 benchmarks/engine.py --no-compile ;;
     doctor) python3 -m trtforge doctor ;;

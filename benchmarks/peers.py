@@ -221,7 +221,9 @@ def child(*arguments: str, timeout: float, threads: int | None = None) -> subpro
 
 def last_object(done: subprocess.CompletedProcess[str], what: str) -> dict[str, Any] | None:
     if done.returncode:
-        print(f"{what} failed: {done.stderr.strip()[-1500:]}", file=sys.stderr, flush=True)
+        said = done.stderr.strip()  # the cause may stand at either end
+        said = said if len(said) < 5000 else f"{said[:2500]}\n[…]\n{said[-2500:]}"
+        print(f"{what} failed: {said}", file=sys.stderr, flush=True)
         return None
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -340,8 +340,8 @@ class Lanes:
         """A lane for one call on a stream, locked; the caller releases `lock`.
 
         Of the profile's lanes the one that this stream used last; else, where one more may be opened, one without work
-        or a new one; else of those that no call holds the one chosen longest ago. Calls on one stream follow each other on the GPU anyway, so they share a lane, whatever
-        threads they come from.
+        or a new one; else of those that no call holds the one chosen longest ago. Calls on one stream follow each other
+        on the GPU anyway, so they share a lane, whatever threads they come from.
 
         Raises:
             ConfigError: the engine was closed.

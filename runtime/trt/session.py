@@ -64,7 +64,8 @@ class EngineSession:
             self._opened = OpenEngine(path, found, tf32=tf32, options=options)
             self._compiler = _Compiler(self._opened, here, digest) if found.name == "tensorrt-rtx" else None
         self._opening = threading.Lock()
-        self._saved_at = -math.inf
+        # What was kept holds what a context takes, most likely: writing it out at once would be for nothing.
+        self._saved_at = time.monotonic() if self._compiler and self._compiler.kept else -math.inf
         self._unsaved = False
 
     @property
@@ -139,7 +140,11 @@ class EngineSession:
 
 
 class _Compiler:
-    """How TensorRT-RTX compiles an engine for the GPU at hand, and the cache of what it compiled."""
+    """How TensorRT-RTX compiles an engine for the GPU at hand, and the cache of what it compiled.
+
+    Attributes:
+        kept: Whether the cache holds what an earlier process compiled.
+    """
 
     def __init__(self, opened: OpenEngine, device: DeviceFacts, digest: str) -> None:
         self._engine = opened.engine
@@ -147,7 +152,8 @@ class _Compiler:
         self._config = opened.eager_config()
         self._cache = self._config.create_runtime_cache()
         kept = self._file.read() if self._file else None
-        if kept is not None and not self._cache.deserialize(kept):
+        self.kept = kept is not None and bool(self._cache.deserialize(kept))
+        if kept is not None and not self.kept:
             warnings.warn(
                 f"the runtime cache of {opened.path} is not used, and made anew: TensorRT-RTX refuses it, "
                 "after a change of driver for instance",
