@@ -1,9 +1,11 @@
 """An engine under load for long: eight threads and changing shapes, a million calls, faults and the call after them.
 
-    python benchmarks/endurance.py [--calls 100000] [--long 1000000] [--threads 8] [--parts threads memory faults]
-        [--seconds 420] [--json FILE]
+    python benchmarks/endurance.py [--calls 100000] [--long 1000000] [--threads 8] [--contexts 8]
+        [--parts threads memory faults] [--model digits] [--seconds 420] [--json FILE]
 
-On the GPU machine; the digits network with random weights, batch 1 to 64. One JSON object a part, printed (and appended
+On the GPU machine; random weights. `digits` takes 8 x 8 images, 1 to 64 at a time, so that a call is nothing but the
+host's work; `resnet18` 224 x 224 ones, 1 to 8, and the GPU works longer than the host. The parts but `threads` are made
+for digits. One JSON object a part, printed (and appended
 to FILE) as it ends, so that a run that is cut short keeps what it has. The exit code is 1 where a part failed.
 
     threads   every result of every call against the first single-threaded one of its input, on the GPU; and the calls
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import json
 import os
 import shutil
@@ -37,7 +40,11 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "configs"))
 
-BATCHES = (1, 2, 3, 8, 17, 32, 50, 64)
+MODELS: dict[str, tuple[tuple[int, ...], tuple[int, int, int]]] = {
+    "digits": ((1, 2, 3, 8, 17, 32, 50, 64), (1, 8, 8)),
+    "resnet18": ((1, 2, 3, 4, 5, 6, 7, 8), (3, 224, 224)),
+}
+"""Batches that come by turns, and an image."""
 TOLERANCE = 1e-4
 """Of the greatest output; another context may sum in another order."""
 GROWTH_MIB = 8.0
@@ -46,20 +53,24 @@ GROWTH_MIB = 8.0
 Report = Callable[[str, dict[str, Any]], None]
 
 
-def make_artifact(place: Path) -> Any:
-    from example_models import digits  # the configurations' folder is put in the path above
+def make_artifact(place: Path, name: str = "digits") -> Any:
+    from example_models import digits, torchvision_model  # the configurations' folder is put in the path above
 
     import trtforge
 
     torch.manual_seed(0)
-    settings = {"dims": {"batch": (1, 32, 64)}, "inputs": {"image": ("batch", 1, 8, 8)}}
-    return trtforge.convert(digits().eval(), torch.zeros(2, 1, 8, 8), place, **settings)
+    model = digits() if name == "digits" else torchvision_model(name)
+    batches, image = MODELS[name]
+    (argument,) = inspect.signature(model.forward).parameters
+    settings = {"dims": {"batch": (1, batches[-1] // 2, batches[-1])}, "inputs": {argument: ("batch", *image)}}
+    return trtforge.convert(model.eval(), torch.zeros(2, *image), place, **settings)
 
 
-def make_samples(engine: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def make_samples(engine: Any, name: str = "digits") -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Inputs of every batch size, and what one thread makes of them."""
     generator = torch.Generator().manual_seed(1)
-    inputs = [torch.rand(batch, 1, 8, 8, generator=generator).cuda() for batch in BATCHES]
+    batches, image = MODELS[name]
+    inputs = [torch.rand(batch, *image, generator=generator).cuda() for batch in batches]
     samples = []
     for x in inputs:
         for _ in range(3):  # the graph is captured at the second call; threads would have to wait for each other
@@ -120,7 +131,7 @@ def run_threads(
 
 
 def part_threads(engine: Any, options: argparse.Namespace, report: Report) -> bool:
-    samples = make_samples(engine)
+    samples = make_samples(engine, options.model)
     scale = max(float(y.abs().max()) for _, y in samples)
     until = time.monotonic() + options.seconds / 3
     checked = run_threads(engine, samples, options.threads, options.calls, check=True, until=until)
@@ -140,7 +151,9 @@ def part_threads(engine: Any, options: argparse.Namespace, report: Report) -> bo
         "threads",
         {
             "passed": passed,
+            "model": options.model,
             "threads": options.threads,
+            "contexts": options.contexts,
             "calls": checked["calls"],
             "worst_over_greatest": checked["worst"] / scale,
             "errors": checked["errors"][:3],
@@ -288,6 +301,8 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=100_000)
     parser.add_argument("--long", type=int, default=1_000_000)
     parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--contexts", type=int, default=8, help="execution contexts that calls may share")
+    parser.add_argument("--model", default="digits", choices=MODELS)
     parser.add_argument("--parts", nargs="+", default=["faults", "threads", "memory"])
     parser.add_argument("--seconds", type=float, default=420, help="at most, about")
     parser.add_argument("--json", type=Path, help="one object a line")
@@ -305,9 +320,9 @@ def main() -> None:
                 file.write(line + "\n")
 
     with tempfile.TemporaryDirectory() as folder:
-        artifact = make_artifact(Path(folder) / "digits")
+        artifact = make_artifact(Path(folder) / options.model, options.model)
         passed = True
-        with artifact.load() as engine:
+        with artifact.load(contexts=options.contexts) as engine:
             backend = artifact.facts["engine"]
             versions = {"torch": torch.__version__, backend["backend"]: backend["version"]}
             report("machine", {"device": torch.cuda.get_device_name(), "versions": versions})

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What only a GPU can show, spread over the GPUs of one host, one job at a time on each:
 #   bash benchmarks/on_gpu.sh SECONDS [JOB ...]        e.g. 560 tests "cell vit_b_16 32" "auto encoder 1" loads
-# A job is tests, loads, patches, endurance, engine, doctor, bench, "cell MODEL BATCH" or "auto MODEL BATCH"; or threads,
-# a part of endurance; "pytest FILE"; "again MODEL PRECISION TIMES", which proves one engine in a process after the
+# A job is tests, loads, patches, endurance, engine, doctor, bench, "cell MODEL BATCH" or "auto MODEL BATCH"; or "threads
+# MODEL", a part of endurance; "pytest FILE"; "again MODEL PRECISION TIMES", which proves one engine in a process after the
 # other. Without any, all but the last three. Each has the rest of SECONDS. Logs and figures are packed into
 # $OUT/on_gpu.tgz as every job ends, and the end of each log is printed. Artifacts stay in /tmp/peers for the next call
 # on the same machine.
@@ -48,7 +48,7 @@ job() {
     loads) peers --models vit_b_16 --batches 1 --sides --loads vit_b_16 ;;
     patches) python3 benchmarks/patches.py --json "$logs/patches.jsonl" ;;
     pytest) python3 -m pytest "${@:2}" -v -ra -p no:benchmark -p no:cacheprovider --tb=short ;;
-    threads) python3 benchmarks/endurance.py --parts threads --json "$logs/endurance.jsonl" ;;
+    threads) python3 benchmarks/endurance.py --parts threads --model "${2:-digits}" --json "$logs/endurance.jsonl" ;;
     endurance) python3 benchmarks/endurance.py --json "$logs/endurance.jsonl" ;;
     engine) python3 benchmarks/engine.py --no-compile ;;
     doctor) python3 -m trtforge doctor ;;
@@ -62,7 +62,7 @@ worker() {
   export CUDA_VISIBLE_DEVICES=$1
   local line name began rc
   while line=$(next) && [ -n "$line" ] && ((SECONDS < deadline - 20)); do
-    name=${line// /-} began=$SECONDS
+    name=${line//[ \/]/-} began=$SECONDS
     # shellcheck disable=SC2086
     timeout $((deadline - SECONDS)) bash -c 'job $0' "$line" >"$logs/$name.log" 2>&1
     rc=$?
