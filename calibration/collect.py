@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -122,6 +122,8 @@ def collect(
             first = list(itertools.islice(mine, 1))  # the loader begins while the session is made
         finally:
             taps = making.result()
+    for unit in first:
+        taps.settle(unit.feeds)
     found = _run(taps, tensors, itertools.chain(first, mine), count, on_samples)
     if found.samples == 0:
         raise CalibrationError(
@@ -215,9 +217,18 @@ def _check_complete(shards: Sequence[Shard]) -> None:
 class _Seat:
     """What a worker has to itself; `state` has no histograms yet."""
 
-    read: Callable[[Tensors], dict[str, Array]]
-    tally: Tally
-    state: Collected
+    read: Callable[[Tensors], Iterator[dict[str, Array]]]
+    state: Collected = field(default_factory=lambda: Collected({}))
+    tallies: dict[tuple[str, ...], Tally] = field(default_factory=dict)
+    """By the tensors that come together."""
+
+    def add(self, unit: Unit) -> None:
+        """Runs it, and counts every element of every tensor."""
+        for tensors in self.read(unit.feeds):
+            names = tuple(tensors)
+            tally = self.tallies.get(names) or self.tallies.setdefault(names, Tally(names))
+            tally.add(tensors, unit.where)
+        _note(self.state, unit)
 
 
 def _run(
@@ -225,14 +236,12 @@ def _run(
 ) -> Collected:
     seats: queue.SimpleQueue[_Seat] = queue.SimpleQueue()
     for _ in range(workers):
-        seats.put(_Seat(taps.reader(), Tally(tensors), Collected({})))
+        seats.put(_Seat(taps.reader()))
 
     def work(unit: Unit) -> int:
         seat = seats.get()
         try:
-            taps.settle(unit.feeds)  # the first to come does
-            seat.tally.add(seat.read(unit.feeds), unit.where)
-            _note(seat.state, unit)
+            seat.add(unit)
         finally:
             seats.put(seat)
         return unit.samples
@@ -241,8 +250,9 @@ def _run(
     whole = Collected({name: Histogram() for name in tensors})
     for _ in range(workers):
         seat = seats.get()
-        seat.state.histograms = seat.tally.histograms()
         _add(whole, seat.state)
+        for tally in seat.tallies.values():
+            _add(whole, Collected(tally.histograms()))
     return whole
 
 

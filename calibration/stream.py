@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trtforge.runtime.graph import OnnxModel
+from trtforge.runtime.onnx_runner import asked_threads
 from trtforge.runtime.runner import Tensors
 from trtforge.runtime.specs import TensorSpec
 
@@ -61,9 +62,9 @@ def split_units(batches: Iterable[Tensors], *, by_sample: bool) -> Iterator[Unit
 
 
 def count_workers(*, by_sample: bool) -> int:
-    """Usable cores, 8 at most; 1 where batches run whole, on all cores."""
+    """As many as OMP_NUM_THREADS says, else usable cores; 8 at most; 1 where batches run whole, on all of them."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, _MAX_WORKERS) if by_sample else 1
+    return min(asked_threads() or usable, _MAX_WORKERS) if by_sample else 1
 
 
 def hash_sample(feeds: Tensors) -> int:

@@ -9,24 +9,22 @@ first batch proves it on both graphs; a tensor that differs (blocks padded with 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 
 from trtforge.calibration.histogram import Histogram
-from trtforge.runtime.errors import CalibrationError
+from trtforge.calibration.pieces import Pieces, reads, split
+from trtforge.runtime.errors import CalibrationError, TrtForgeError
 from trtforge.runtime.onnx_runner import OnnxRuntimeRunner
 from trtforge.runtime.publish import scratch_folder
 from trtforge.runtime.runner import Array, Tensors
 from trtforge.runtime.suggest import nearest
 
-if TYPE_CHECKING:
-    import onnx
-
-__all__ = ["Taps", "reads"]
+__all__ = ["Taps"]
 
 _BLOCKED_LIMIT = 32_000_000
 """Bytes of model past which it does not pay: the optimized graph has every weight again, to be written and loaded (0.8
@@ -55,21 +53,17 @@ class Taps:
     """
 
     def __init__(self, model: Path, tensors: Sequence[str], *, threads: int | None, provider: str) -> None:
-        import onnx
-
         proto = onnx.load(model, load_external_data=False)
         fed = {value.name for value in proto.graph.input}
         _check_known(proto, tensors, fed)
-        self._threads, self._provider = threads, provider
+        self._threads = threads
         self._fed = tuple(name for name in tensors if name in fed)
-        names = {name: name for name in tensors if name not in fed}
-        self._current: tuple[OnnxRuntimeRunner, dict[str, str]] | None = None
-        """A session, and the tensor that each of its outputs carries."""
+        self._names = tuple(name for name in tensors if name not in fed)
+        self._pieces = Pieces((), {})
         self._optimized: onnx.ModelProto | None = None
-        self._once = threading.Lock()
-        if not names:
+        if not self._names:
             return
-        _choose_outputs(proto, names)
+        _choose_outputs(proto, self._names)
         weights = _detach_weights(proto)
         with scratch_folder() as folder:
             written = folder / "optimized.onnx"
@@ -82,88 +76,79 @@ class Taps:
                 weights=weights,
                 optimized=optimized,
             )
-            self._current = runner, names
+            self._pieces = Pieces([runner], {name: name for name in self._names})
             if written.exists():
                 self._optimized = onnx.load(written)
 
     def settle(self, feeds: Tensors) -> None:
         """Looks on one batch for tensors that may leave the runtime in blocks; does nothing from the second call on.
 
-        Other threads that call it wait: a sample's activations on both graphs at once would be the peak of memory.
-
-        Raises:
-            ParityError: onnxruntime failed on it.
+        To be called before there are readers.
         """
-        with self._once:
-            self._settle(feeds)
-
-    def _settle(self, feeds: Tensors) -> None:
         proto, self._optimized = self._optimized, None
-        if proto is None or self._current is None:
+        if proto is None:
             return
-        plain_runner, names = self._current
         weights = _detach_weights(proto)
-        try:
-            plain = {name: _state(array) for name, array in plain_runner.run_borrowed(feeds).items()}
-            chosen = {name for name in names if name in plain}
-            for _ in range(2):  # all of them, then those that proved equal
-                runner, outputs = self._run_blocked(proto, chosen, names, weights)
-                found = {outputs[name]: _state(array) for name, array in runner.run_borrowed(feeds).items()}
-                equal = {name for name in plain if found[name] == plain[name]}
-                if equal == plain.keys():
-                    self._current = runner, outputs
-                    return
-                chosen &= equal
-        except CalibrationError:
-            return  # activations that are not finite: the run itself says so, with tensor and batch
+        # Both graphs at once, where each has one thread and a sample; a whole batch's activations twice are too much.
+        with ThreadPoolExecutor(2 if self._threads == 1 else 1, thread_name_prefix="settle") as pool:
+            plain = pool.submit(_states, self._pieces, feeds)
+            chosen = set(self._names)
+            try:
+                for _ in range(2):  # all of them, then those that proved equal
+                    pieces = self._in_blocks(proto, chosen, weights)
+                    found = pool.submit(_states, pieces, feeds).result()
+                    equal = {name for name, state in plain.result().items() if found[name] == state}
+                    if len(equal) == len(self._names):
+                        self._pieces = pieces
+                        return
+                    chosen &= equal
+            except TrtForgeError:
+                return  # the graph runs as it was; if activations are not finite, that says so, with tensor and batch
 
-    def _run_blocked(
-        self, proto: onnx.ModelProto, chosen: Iterable[str], names: Iterable[str], weights: Tensors
-    ) -> tuple[OnnxRuntimeRunner, dict[str, str]]:
-        """The optimized graph without the reorders of `chosen`; and the tensor that each of its outputs carries."""
-        import onnx
-
+    def _in_blocks(self, proto: onnx.ModelProto, chosen: Iterable[str], weights: Tensors) -> Pieces:
+        """The optimized graph without the reorders of `chosen`; in one piece where an operator has several threads."""
         graph = onnx.ModelProto()
         graph.CopyFrom(proto)
         blocked = _cut_reorders(graph, chosen)
-        runner = OnnxRuntimeRunner(graph.SerializeToString(), optimize=False, threads=self._threads, weights=weights)
-        return runner, {blocked.get(name, name): name for name in names}
+        # Each session with several threads would have its own, which wait in loops for more work.
+        parts = split(graph) if self._threads == 1 else [graph]
+        runners = [
+            OnnxRuntimeRunner(
+                part.SerializeToString(),
+                optimize=False,
+                threads=self._threads,
+                weights={
+                    tensor.name: weights[tensor.name] for tensor in part.graph.initializer if tensor.name in weights
+                },
+            )
+            for part in parts
+        ]
+        return Pieces(runners, {blocked.get(name, name): name for name in self._names})
 
     def run(self, feeds: Tensors) -> dict[str, Array]:
-        """The tensors by name; elements may come in any order, and shapes with them.
+        """The tensors by name; after `settle` elements may come in any order, and shapes with them.
 
         Raises:
             ParityError: onnxruntime failed.
         """
-        current = self._current
-        return self._gather(feeds, current, current[0].run_borrowed if current is not None else None)
-
-    def reader(self) -> Callable[[Tensors], dict[str, Array]]:
-        """`run` for one thread, whose arrays hold until the next call: most then lie in the same memory again."""
-        used: tuple[OnnxRuntimeRunner, dict[str, str]] | None = None
-        run: Callable[[Tensors], dict[str, Array]] | None = None
-
-        def read(feeds: Tensors) -> dict[str, Array]:
-            nonlocal used, run
-            current = self._current
-            if current is not used and current is not None:
-                used, run = current, current[0].run_in_place()
-            return self._gather(feeds, current, run)
-
-        return read
-
-    def _gather(
-        self,
-        feeds: Tensors,
-        current: tuple[OnnxRuntimeRunner, dict[str, str]] | None,
-        run: Callable[[Tensors], dict[str, Array]] | None,
-    ) -> dict[str, Array]:
         found = {name: feeds[name] for name in self._fed}
-        if current is not None and run is not None:
-            runner, names = current
-            outputs = run({spec.name: feeds[spec.name] for spec in runner.inputs})
-            found.update({names[output]: array for output, array in outputs.items()})
+        for tensors in self._pieces.run(feeds):
+            found |= tensors
         return found
+
+    def reader(self) -> Callable[[Tensors], Iterator[dict[str, Array]]]:
+        """`run` for one thread, a few tensors at a time; arrays hold until the next are asked for.
+
+        Most then lie in the same memory again.
+        """
+        read = self._pieces.reader()
+
+        def read_all(feeds: Tensors) -> Iterator[dict[str, Array]]:
+            if self._fed:
+                yield {name: feeds[name] for name in self._fed}
+            yield from read(feeds)
+
+        return read_all
 
 
 def _check_known(proto: onnx.ModelProto, tensors: Iterable[str], fed: set[str]) -> None:
@@ -179,8 +164,6 @@ def _check_known(proto: onnx.ModelProto, tensors: Iterable[str], fed: set[str]) 
 
 def _choose_outputs(proto: onnx.ModelProto, names: Iterable[str]) -> None:
     """Makes `names` the outputs, and drops nodes, initializers and inputs that lead to none of them."""
-    import onnx
-
     graph = proto.graph
     del graph.output[:]
     # A name alone is enough: onnxruntime infers the type itself.
@@ -206,8 +189,6 @@ def _detach_weights(proto: onnx.ModelProto) -> dict[str, Array]:
     So weights are neither serialised, searched nor parsed once more: a session of ResNet-18 begins in a third of the
     time.
     """
-    import onnx
-
     weights: dict[str, Array] = {}
     for tensor in proto.graph.initializer:
         dtype, raw = _DETACHED.get(tensor.data_type), tensor.raw_data  # empty where the weights are external already
@@ -225,21 +206,8 @@ def _name(entry: object) -> str:
     return str(getattr(entry, "name", "") or entry.values.name)  # type: ignore[attr-defined]
 
 
-def reads(node: onnx.NodeProto) -> set[str]:
-    """Names that a node reads, those that its subgraphs take from outside among them."""
-    names = {name for name in node.input if name}
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            for inner in graph.node:
-                names |= reads(inner)
-            names |= {value.name for value in graph.output}
-    return names
-
-
 def _cut_reorders(proto: onnx.ModelProto, names: Iterable[str]) -> dict[str, str]:
     """Makes the blocked tensor an output in place of its reordered copy. Returns its name by the copy's."""
-    import onnx
-
     graph = proto.graph
     reorders = {node.output[0]: node for node in graph.node if node.op_type == "ReorderOutput"}
     read = {name for node in graph.node for name in reads(node)}
@@ -262,10 +230,13 @@ def _channels(node: onnx.NodeProto) -> int:
     return next((int(attribute.i) for attribute in node.attribute if attribute.name == "channels"), 1)
 
 
-def _state(array: Array) -> Histogram:
-    histogram = Histogram()
-    histogram.add(array)
-    return histogram
+def _states(pieces: Pieces, feeds: Tensors) -> dict[str, Histogram]:
+    found: dict[str, Histogram] = {}
+    for tensors in pieces.run(feeds):
+        for name, array in tensors.items():
+            found[name] = Histogram()
+            found[name].add(array)
+    return found
 
 
 def _total_size(model: Path) -> int:

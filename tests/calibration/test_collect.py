@@ -12,6 +12,7 @@ import pytest
 from trtforge.calibration import parts
 from trtforge.calibration.collect import Collected, Shard, collect, merge_collected, scan
 from trtforge.calibration.histogram import Histogram
+from trtforge.calibration.stream import count_workers
 from trtforge.calibration.taps import Taps
 from trtforge.runtime.errors import ArtifactError, CalibrationError
 from trtforge.runtime.graph import OnnxModel, describe_model, load_graph
@@ -137,6 +138,27 @@ def test_blocked_images_leave_the_runtime_unordered_but_equal(cnn: OnnxModel) ->
     assert set(before) == set(after) == set(TENSORS)
     for name in TENSORS:
         np.testing.assert_array_equal(np.sort(before[name], axis=None), np.sort(after[name], axis=None))
+
+
+def test_a_sample_is_read_a_few_tensors_at_a_time(cnn: OnnxModel) -> None:
+    taps = Taps(cnn.path, TENSORS, threads=1, provider="cpu")
+    taps.settle({"x": images(1)})
+    read = taps.reader()
+    for data in np.split(images(3), 3):
+        parts = [{name: array.copy() for name, array in part.items()} for part in read({"x": data})]
+        assert [len(part) for part in parts] == [1, 4, 2]
+        whole = taps.run({"x": data})
+        for name, array in (item for part in parts for item in part.items()):
+            np.testing.assert_array_equal(array, whole[name])
+
+
+@pytest.mark.parametrize(("asked", "workers"), [("1", 1), ("3,2", 3), ("99", 8)])
+def test_omp_num_threads_holds_for_samples_side_by_side(
+    monkeypatch: pytest.MonkeyPatch, asked: str, workers: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert count_workers(by_sample=True) == workers
+    assert count_workers(by_sample=False) == 1
 
 
 def test_only_what_is_asked_for_runs(cnn: OnnxModel) -> None:
