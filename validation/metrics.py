@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trtforge.runtime.runner import Array
 
-__all__ = ["Measures", "Sums", "add_sums", "is_float", "measure", "sum_errors"]
+__all__ = ["Measures", "Noise", "Sums", "add_sums", "is_float", "measure", "measure_noise", "sum_errors"]
 
 _BLOCK = 1 << 16
 """Values a block: its float64 copies (0.5 MB each) stay in a core's cache, and memory does not grow with the array."""
+
+_FLOAT32_HOLDS = frozenset({"float32", "float16", "bfloat16"})
 
 _Float64 = NDArray[np.float64]
 
@@ -167,6 +169,52 @@ def is_float(array: Array) -> bool:
 def measure(reference: Array, candidate: Array, *, atol: float = 0.0, rtol: float = 0.0) -> Measures:
     """The figures of one pair of arrays; see `Measures` for the formulas and `sum_errors` for what is raised."""
     return sum_errors(reference, candidate, atol=atol, rtol=rtol).measures()
+
+
+class Noise(NamedTuple):
+    """The figures of `measure_noise`: `sqnr_db` as in `Measures`, and the largest finite |r|."""
+
+    sqnr_db: float
+    greatest: float
+
+
+def measure_noise(reference: Array, candidate: Array) -> Noise:
+    """What `measure` says of noise, some thirty times as fast for floats of 32 bits and less.
+
+    -inf dB where NaN or Inf came in.
+
+    Squares are summed in float32 in blocks, and the blocks in float64: good to four digits, which is 0.001 dB. Where
+    that could overflow or underflow, or something is not finite, it is done in float64 as in `measure`.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if {reference.dtype.name, candidate.dtype.name} <= _FLOAT32_HOLDS and reference.shape == candidate.shape:
+        signal = noise = greatest = 0.0
+        for ref, cand in zip(_float32_blocks(reference), _float32_blocks(candidate), strict=True):
+            with np.errstate(all="ignore"):  # what comes of it is looked at
+                power, error = _square(ref), _square(cand - ref)
+            if power is None or error is None:
+                break
+            signal, noise = signal + power, noise + error
+            greatest = max(greatest, float(ref.max()), -float(ref.min()))
+        else:
+            return Noise(_decibel(signal, noise), greatest)
+    found = measure(reference, candidate)
+    broken = found.candidate_nonfinite > found.reference_nonfinite
+    finite = np.abs(reference[np.isfinite(reference)])
+    return Noise(-math.inf if broken else found.sqnr_db, float(finite.max(initial=0.0)))
+
+
+def _float32_blocks(array: Array) -> Iterator[NDArray[np.float32]]:
+    flat = array.reshape(-1)
+    return (flat[start : start + _BLOCK].astype(np.float32, copy=False) for start in range(0, flat.size, _BLOCK))
+
+
+def _square(block: NDArray[np.float32]) -> float | None:
+    """The sum of squares; None where float32 may not hold it or its terms."""
+    total = float(np.dot(block, block))
+    return total if 1e-25 < total < 1e30 or not block.any() else None
 
 
 def sum_errors(

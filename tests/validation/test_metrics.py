@@ -9,7 +9,7 @@ from hypothesis import given as hypothesis_given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from trtforge.validation.metrics import Measures, Sums, add_sums, measure, sum_errors
+from trtforge.validation.metrics import Measures, Sums, add_sums, measure, measure_noise, sum_errors
 
 
 def given(*strategies):
@@ -183,6 +183,37 @@ def test_empty():
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(3, 2\)"):
         sum_errors(np.zeros((2, 3)), np.zeros((3, 2)))
+
+
+@st.composite
+def float32_pairs(draw):
+    """Of every magnitude that float32 has; NaN and Inf now and then; more than a block, sometimes."""
+    reference, candidate = (draw(hnp.arrays(np.float32, st.just(30), elements=st.floats(width=32))) for _ in range(2))
+    if draw(st.booleans()):
+        candidate = np.where(np.isfinite(reference), reference, candidate)
+    repeats = draw(st.sampled_from([1, 5000]))
+    return np.tile(reference, repeats), np.tile(candidate, repeats)
+
+
+@given(float32_pairs(), st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]))
+def test_noise_by_float32_is_that_by_float64(pair, dtype):
+    reference = pair[0]
+    with np.errstate(over="ignore"):
+        candidate = pair[1].astype(dtype)
+    exact, found = measure(reference, candidate), measure_noise(reference, candidate)
+    if exact.candidate_nonfinite > exact.reference_nonfinite:
+        assert found.sqnr_db == -math.inf
+    else:
+        assert found.sqnr_db == pytest.approx(exact.sqnr_db, abs=1e-3)
+    assert found.greatest == np.abs(reference[np.isfinite(reference)]).max(initial=0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e25])
+def test_noise_by_float32_at_every_scale(scale):
+    rng = np.random.default_rng(0)
+    reference = (rng.standard_normal(200_000) * scale).astype(np.float32)
+    candidate = (reference * (1 + 1e-3 * rng.standard_normal(200_000))).astype(np.float32)
+    assert measure_noise(reference, candidate).sqnr_db == pytest.approx(measure(reference, candidate).sqnr_db, abs=1e-3)
 
 
 def test_overflowing_doubles_meet_no_limit():
