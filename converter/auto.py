@@ -17,7 +17,7 @@ from typing import Any
 from trtforge.converter.candidates import Workbench
 from trtforge.converter.config import Search
 from trtforge.converter.quantize import Quantization
-from trtforge.converter.search import Group, Mended, Score, Unit, mend, rank_units
+from trtforge.converter.search import Group, Mended, Score, Unit, mend
 from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.precision import QUANTIZED, Precision, PrecisionPlan
 
@@ -181,7 +181,6 @@ def _try(bench: Workbench, plan: PrecisionPlan, kind: Precision, search: Search)
     harm = bench.harm(kind, plan.base, feeds)
     if harm is None:
         return row(plan, plain)
-    groups = rank_units(units, harm, max(search.evaluations - search.looks, 1))
 
     def mended(kept: Sequence[Group]) -> PrecisionPlan:
         rules = bench.rules(kept, kind, high)
@@ -197,7 +196,8 @@ def _try(bench: Workbench, plan: PrecisionPlan, kind: Precision, search: Search)
 
     # With everything back a quantized plan is another candidate's.
     all_back = kind not in QUANTIZED
-    found = mend(groups, plain, look, looks=search.looks - 1, all_back=all_back) if units else Mended((), plain)
+    spent = {"evaluations": max(search.evaluations - search.looks, 1), "looks": search.looks - 1}
+    found = mend(units, harm, plain, look, all_back=all_back, **spent) if units else Mended((), plain)
     if not found.score.passed:  # as it was: what was put back in vain says nothing
         return row(plan, plain)
     return row(mended(found.kept), found.score, _single(found.kept))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from trtforge.converter.assign import FLOAT_TYPES, assign
 from trtforge.converter.cost import NOMINAL, count_macs
 from trtforge.converter.data import read_data
+from trtforge.converter.output_error import relative_error
 from trtforge.converter.prove import Bench, prove_engine, prove_onnx, runnable_onnx
 from trtforge.converter.quantize import Quantization, make_placement, narrow
-from trtforge.converter.search import Group, Score, Unit
+from trtforge.converter.search import Errors, Group, Harm, Score, Unit
 from trtforge.converter.types import infer_types
 from trtforge.runtime.child import ChildCrashError
 from trtforge.runtime.errors import ArtifactError, BuildError, ParityError
@@ -25,7 +26,6 @@ from trtforge.runtime.tensors import save_tensors
 from trtforge.validation.accuracy import AccuracyResult, Budget
 from trtforge.validation.accuracy_forecast import foresee
 from trtforge.validation.golden import load_outputs
-from trtforge.validation.metrics import Sums, add_sums, is_float, sum_errors
 from trtforge.validation.parity import ParityReport
 from trtforge.validation.tolerance import resolve_tolerance
 
@@ -133,7 +133,7 @@ class Workbench:
         total = sum(self.macs.values()) or 1
         return [Unit(name, self.macs.get(name, 0) / total) for name in found]
 
-    def harm(self, low: Precision, base: Precision, feeds: Path) -> Callable[[Sequence[Unit]], float] | None:
+    def harm(self, low: Precision, base: Precision, feeds: Path) -> Harm | None:
         """Measures layers alone in `low`, all else in float32, on the samples in `feeds`; `base` is the plans'.
 
         None, with a note, where the float graph itself does not run on these samples.
@@ -147,7 +147,7 @@ class Workbench:
         wanted = load_outputs(truth)
         whole = self.quantization(replace(self._user_plan(low), base=base)) if low in QUANTIZED else None
 
-        def measure(units: Sequence[Unit]) -> float:
+        def measure(units: Sequence[Unit]) -> Errors | None:
             chosen = {unit.id for unit in units}
             if whole is not None:
                 others = frozenset(whole.placement.nodes) - chosen
@@ -163,8 +163,8 @@ class Workbench:
             try:
                 run_onnx(run.path, feeds, results, disable_quant_qdq=True)
             except (ChildCrashError, ParityError):
-                return math.inf
-            return _relative_power(wanted, load_outputs(results))
+                return None
+            return relative_error(wanted, load_outputs(results))
 
         return measure
 
@@ -284,7 +284,8 @@ class Workbench:
 
     def _rule(self, unit: Unit, group: Group, low: Precision, high: Precision, *, module_scope: bool) -> Rule:
         ref = next(ref for ref in self.refs if ref.id == unit.id)
-        who = "alone" if len(group.units) == 1 else f"with {len(group.units) - 1} beside it"
+        others = len(group.units) + group.beside - 1
+        who = f"with {others} beside it" if others else "alone"
         what = "gives NaN or Inf" if math.isinf(group.harm) else f"leaves {_decibel(group.harm):.1f} dB"
         reason = f"{who} in {low} and all else in float32 it {what}"
         rule = Rule(high, module=ref.module, op=ref.op, origin="accuracy", reason=reason)
@@ -296,28 +297,6 @@ class Workbench:
         place = self.bench.work / "harm-feeds.safetensors"
         save_tensors(place, {f"{name}/{key}": array for name, feeds in samples.items() for key, array in feeds.items()})
         return place
-
-
-def _relative_power(wanted: Mapping[str, Tensors], found: Mapping[str, Tensors]) -> float:
-    """Error power over signal power, the sum over float outputs; infinite where NaN or Inf came in."""
-    total = 0.0
-    for name, sums in _output_sums(wanted, found):
-        if sums.candidate_nonfinite > sums.reference_nonfinite:
-            return math.inf
-        if name and sums.reference_sq > 0:
-            total += sums.error_sq / sums.reference_sq
-    return total
-
-
-def _output_sums(wanted: Mapping[str, Tensors], found: Mapping[str, Tensors]) -> Iterator[tuple[str, Sums]]:
-    names = list(next(iter(wanted.values())))
-    for name in names:
-        sums = Sums()
-        for sample, outputs in wanted.items():
-            if is_float(outputs[name]):
-                sums = add_sums(sums, sum_errors(outputs[name], found[sample][name]))
-        if sums.count:
-            yield name, sums
 
 
 def _decibel(power: float) -> float:

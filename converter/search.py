@@ -1,33 +1,46 @@
 """The search for a plan: measures groups of layers, puts back what does harm, and looks whether that is enough.
 
 Nothing runs here: `harm` and `look` are plain callables. Errors of layers add up as powers do, nearly: what one half of
-a group adds is known once the group and the other half were measured, so a split costs one measurement. What is as
-large as the signal does not add up, nor do NaN and Inf; there both halves are measured, and culprits isolated.
+a group adds is known once the group and the other half were measured, so a split costs one measurement. Where the
+errors of two groups go together, or cancel, their inner product says by how much. What is as large as the signal does
+not add up, nor do NaN and Inf; there both halves are measured, and culprits isolated.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["Group", "Harm", "Look", "Mended", "Score", "Unit", "mend", "rank_units"]
+import numpy as np
+from numpy.typing import NDArray
 
-_NEGLIGIBLE = 0.01
-"""Of all harm: a group that does no more is not taken apart."""
+__all__ = ["Errors", "Group", "Harm", "Look", "Mended", "Score", "Unit", "mend"]
+
 _SATURATED = 0.1
 """Of the output's power: an error as large is not the sum of its parts any more (an overflow that is divided by)."""
 _ADDS = 0.1
-"""By so much of a group's power its parts' powers are taken to fail to add up. It happens: see docs/results.md."""
-_SPARED = 0.01
-"""Of all work: sparing less is not worth another look."""
+"""By so much of its power what was measured is taken to be off where it is taken from a whole: see docs/results.md."""
+_SPARED = 0.002
+"""Of all work: sparing less is not worth another run."""
 _ROOTS = (0.15, 1.0)
 """Between these is the exponent of the error power that answers go by, whatever two looks that scatter say."""
+_ROOT = math.sqrt(math.prod(_ROOTS))
+"""Where one look alone says nothing of it."""
+_LOOSE = 0.25
+"""How firmly this holds: as two looks whose powers are apart by a factor of e to the root of it."""
+TRY = (0.3, 0.4, 0.5)
+_UNKNOWN = 0.03
+"""Of the error power is taken to be allowed where the first look does not say by how much it was off."""
 _EACH = 0.1
 """What putting back any layer costs beside its multiply-accumulates, spread over all of them: casts and lost fusion."""
+
+_SAME = 1e-9
+"""Powers that differ by less are one power, rounded otherwise."""
+
+Errors = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +51,32 @@ class Unit:
     share: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Layers that are put back together, and the error power that they add alone in the low precision.
+    """Layers that are put back, and the error that they add alone in the low precision.
 
-    `harm` is relative to the output's own power; infinite where it gives NaN or Inf.
+    Attributes:
+        units: The layers.
+        harm: The error's power, relative to the output's own; infinite where NaN or Inf came in.
+        error: Of each value of the output, in units of the output's norm; None with NaN or Inf. Shape (N,), the same N
+            in a whole search. Its power is `harm` where the group was measured and not inferred from others.
+        beside: How many layers were measured with them and are not put back.
     """
 
     units: tuple[Unit, ...]
     harm: float
+    error: Errors | None
+    beside: int = 0
 
     @property
     def share(self) -> float:
         """Of the multiply-accumulates."""
         return sum(unit.share for unit in self.units)
+
+    @classmethod
+    def measured(cls, units: tuple[Unit, ...], error: Errors | None) -> Group:
+        """Of an error that was measured for just these layers."""
+        return cls(units, math.inf if error is None else float(error @ error), error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +99,8 @@ class Score:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-Harm = Callable[[Sequence[Unit]], float]
-"""The error power relative to the output's with these layers alone in the low precision."""
+Harm = Callable[[Sequence[Unit]], "Errors | None"]
+"""The output's error with these layers alone in the low precision, as `Group` has it."""
 Look = Callable[[Sequence[Group]], Score]
 """The score with the layers of these groups put back and all others in the low precision."""
 
@@ -88,31 +113,61 @@ class Mended:
     score: Score
 
 
-def rank_units(units: Sequence[Unit], harm: Harm, evaluations: int) -> tuple[Group, ...]:
-    """Groups by what they add, found by taking the worst group apart again and again.
+def mend(
+    units: Sequence[Unit],
+    harm: Harm,
+    plain: Score,
+    look: Look,
+    *,
+    evaluations: int,
+    looks: int,
+    all_back: bool = True,
+) -> Mended:
+    """Puts layers back until a look passes, and then as few as pass.
+
+    Groups are taken apart where that decides most, with a quarter of the runs behind the first look, which says much
+    better where it will be decided. What gives NaN or Inf is put back first, in whole groups; then groups by
+    what they take off of the error for their share of the work, and the layers of a group in their order, as if they
+    shared its error alike. How many, is guessed from how far the looks so far were off, and narrowed between a failure
+    and a pass.
 
     Args:
-        units: Neighbours share groups.
-        harm: Measures a group alone.
-        evaluations: How often it may be called, at least once.
-
-    Returns:
-        Groups that together hold every unit once; those that give NaN or Inf first, then by harm.
+        units: Neighbours share groups, what probably does more harm before what does less.
+        harm: Measures layers alone.
+        plain: The score with nothing put back, which did not pass.
+        look: Scores a choice.
+        evaluations: How often `harm` may be called, at least once.
+        looks: How many more looks are allowed.
+        all_back: Whether a plan with everything put back is worth a look.
     """
-    search = _Ranking(harm, evaluations)
-    search.run(tuple(units))
-    return tuple(sorted(search.done, key=lambda group: -group.harm))
+    ranking = _Ranking(units, harm, evaluations)
+    ranking.refine(evaluations // 4 if looks > 1 else 0, plain.shrink and plain.shrink ** (1 / _ROOT))
+    line = _Line(ranking.groups)
+    best: Mended | None = None
+    seen: list[tuple[tuple[Group, ...], Score]] = [((), plain)]
+    for turn in range(looks):
+        if turn == 1 and line.bracket(seen, all_back) is not None:
+            ranking.refine(0, line.allowed_share(seen))
+            line = _Line(ranking.groups)
+        bracket = line.bracket(seen, all_back)
+        if bracket is None:
+            break
+        kept = line.first(_guess(line, seen, *bracket, found=best is not None, last=turn == looks - 1))
+        score = look(kept)
+        seen.append((kept, score))
+        if score.passed and (best is None or line.cost(kept) < line.cost(best.kept)):
+            best = Mended(kept, score)
+    return best or Mended(*seen[-1])
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Entry:
     """A group in the queue; `suspect` is the smallest group around it that was measured as infinite.
 
     `joint`: it is known that no single layer of it is infinite alone. `doubt`: how wrong an inferred harm may be.
     """
 
-    units: tuple[Unit, ...]
-    harm: float
+    group: Group
     measured: bool
     suspect: tuple[Unit, ...] = ()
     joint: bool = False
@@ -120,134 +175,261 @@ class _Entry:
 
 
 class _Ranking:
-    def __init__(self, harm: Harm, evaluations: int) -> None:
+    """What groups of layers add, found by taking them apart where that decides most.
+
+    What gives NaN or Inf is taken apart first. Of the others, a group may at best turn out to be one layer of no work
+    that does all its harm: then its other layers stay in the low precision, or need not go back at all. So it is worth
+    the lesser of its work and of what it costs elsewhere to be rid of as much error.
+    """
+
+    def __init__(self, units: Sequence[Unit], harm: Harm, evaluations: int) -> None:
         self.harm = harm
         self.left = evaluations
-        self.order = itertools.count()
-        self.waiting: list[tuple[float, int, int, _Entry]] = []
+        self.number = len(units)
+        self.waiting: list[_Entry] = []
         self.done: list[Group] = []
+        if units:
+            self.waiting.append(self._measure(tuple(units)))
 
-    def run(self, units: tuple[Unit, ...]) -> None:
-        if not units:
-            return
-        first = self._measure(units)
-        self._wait(first)
-        total = first.harm
-        while self.waiting:
-            *_, entry = heapq.heappop(self.waiting)
-            if entry.doubt > entry.harm and self.left > 0:
-                self._wait(self._measure(entry.units))
-                continue
-            small = math.isfinite(total) and entry.harm <= _NEGLIGIBLE * total
-            if len(entry.units) == 1:
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """All of them: together they hold every unit once."""
+        return (*self.done, *(entry.group for entry in self.waiting))
+
+    def refine(self, keep: int, allowed: float | None) -> None:
+        """Measures until so many runs are left, what gives NaN or Inf with those as well.
+
+        Args:
+            keep: How many runs to leave.
+            allowed: The share of the whole error power that may stay, as far as that is known.
+        """
+        while (entry := self._next(keep, _UNKNOWN if allowed is None else allowed)) is not None:
+            self.waiting.remove(entry)
+            if entry.group.error is not None and entry.doubt > entry.group.harm:
+                self.waiting.append(self._measure(entry.group.units))
+            elif len(entry.group.units) == 1:
                 self._finish(entry)
-            elif small or self.left <= 0:
-                self.done.append(Group(entry.units, entry.harm))
             else:
                 self._split(entry)
 
+    def _next(self, keep: int, allowed: float) -> _Entry | None:
+        """Of infinite ones the smallest: a culprit is isolated before the next one is looked for. Then the worthiest.
+
+        None where nothing is worth a run any more.
+        """
+        broken = [entry for entry in self.waiting if entry.group.error is None]
+        if broken and self.left > 0:
+            return min(broken, key=lambda entry: len(entry.group.units))
+        if broken or self.left <= keep or not self.waiting:
+            return None
+        worth = self._worth(allowed)
+        best = max(range(len(worth)), key=worth.__getitem__)
+        return self.waiting[best] if worth[best] >= _SPARED else None
+
+    def _worth(self, allowed: float) -> list[float]:
+        """For each that waits, how much work its parts may spare."""
+        groups = [entry.group for entry in self.waiting]
+        prices = [_price(group, self.number) for group in groups]
+        steps = _put_back(groups, self.number)
+        enough = allowed * (steps[0].left + steps[0].off)
+        last = next((step for step in steps if step.left <= enough), steps[-1])
+        rate = prices[last.index] / last.off if last.off > 0 else math.inf
+        worth = [0.0] * len(groups)
+        for step in steps:
+            entry, price = self.waiting[step.index], prices[step.index]
+            harm = max(step.off, entry.doubt)
+            if harm > 0 and (len(entry.group.units) > 1 or entry.doubt > entry.group.harm):
+                worth[step.index] = min(price, rate * harm)
+        return worth
+
     def _measure(self, units: tuple[Unit, ...]) -> _Entry:
         self.left -= 1
-        found = self.harm(units)
-        found = found if math.isfinite(found) else math.inf
-        return _Entry(units, found, True, units if math.isinf(found) else ())
-
-    def _wait(self, entry: _Entry) -> None:
-        # Of infinite ones the smallest first: a culprit is isolated before the next one is looked for.
-        heapq.heappush(self.waiting, (-entry.harm, len(entry.units), next(self.order), entry))
+        error = self.harm(units)
+        return _Entry(Group.measured(units, error), True, units if error is None else ())
 
     def _split(self, entry: _Entry) -> None:
-        middle = len(entry.units) // 2
-        first = self._measure(entry.units[:middle])
-        rest = entry.units[middle:]
-        if entry.joint:
-            self._split_joint(entry, first, rest)
-            return
-        self._wait(first)
-        if math.isfinite(entry.harm) and entry.harm > _SATURATED and self.left > 0:
-            self._wait(self._measure(rest))
-        elif math.isfinite(first.harm):
-            # Where the whole is infinite and this half is not, the other one has to be.
-            doubt = entry.doubt + _ADDS * entry.harm if math.isfinite(entry.harm) else 0.0
-            self._wait(_Entry(rest, max(entry.harm - first.harm, 0.0), False, entry.suspect, doubt=doubt))
-        elif self.left > 0:
-            self._wait(self._measure(rest))
-        else:
-            self.done.append(Group(rest, math.inf))
+        """Measures the half that probably does less: taken from the whole, it leaves the other one well known.
 
-    def _split_joint(self, entry: _Entry, first: _Entry, rest: tuple[Unit, ...]) -> None:
-        second = self._measure(rest) if self.left > 0 else _Entry(rest, math.inf, False)
+        That is so for powers. Value by value it is not, since the one layer rounds otherwise with the other's noise
+        before it: what the difference has in common with other errors is all that is taken from it.
+        """
+        whole, units = entry.group, entry.group.units
+        middle = len(units) // 2
+        first, second = units[:middle], self._measure(units[middle:])
+        if entry.joint:
+            self._split_joint(entry, first, second)
+            return
+        self.waiting.append(second)
+        less = second.group.error
+        if whole.error is not None and less is not None and (whole.harm <= _SATURATED or self.left <= 0):
+            doubt = entry.doubt + _ADDS * second.group.harm
+            rest = Group(first, max(whole.harm - second.group.harm, 0.0), whole.error - less)
+            self.waiting.append(_Entry(rest, False, doubt=doubt))
+        elif whole.error is None and less is not None:
+            # Where the whole is infinite and this half is not, the other one has to be.
+            self.waiting.append(_Entry(Group.measured(first, None), False, entry.suspect))
+        elif self.left > 0:
+            self.waiting.append(self._measure(first))
+        else:
+            self.done.append(Group.measured(first, None))
+
+    def _split_joint(self, entry: _Entry, units: tuple[Unit, ...], second: _Entry) -> None:
+        first = self._measure(units) if self.left > 0 else _Entry(Group.measured(units, None), False)
         halves = (first, second)
-        if not any(math.isinf(half.harm) for half in halves):
-            self.done.append(Group(entry.units, math.inf))
+        if not any(half.group.error is None for half in halves):
+            self.done.append(entry.group)
             return
         for half in halves:
-            half.joint = math.isinf(half.harm)
-            self._wait(half)
+            half.joint = half.group.error is None
+            self.waiting.append(half)
 
     def _finish(self, entry: _Entry) -> None:
-        if math.isinf(entry.harm) and not entry.measured and self.left > 0 and len(entry.suspect) > 1:
-            found = self._measure(entry.units)
-            if math.isfinite(found.harm):
+        if entry.group.error is None and not entry.measured and self.left > 0 and len(entry.suspect) > 1:
+            found = self._measure(entry.group.units)
+            if found.group.error is not None:
                 # It takes several of them together: the smallest such group is put back together.
                 inside = {unit.id for unit in entry.suspect}
-                self.waiting = [item for item in self.waiting if not inside & {unit.id for unit in item[3].units}]
-                heapq.heapify(self.waiting)
+                self.waiting = [e for e in self.waiting if not inside & {unit.id for unit in e.group.units}]
                 self.done = [group for group in self.done if not inside & {unit.id for unit in group.units}]
-                self._wait(_Entry(entry.suspect, math.inf, True, entry.suspect, joint=True))
+                self.waiting.append(_Entry(Group.measured(entry.suspect, None), True, entry.suspect, joint=True))
                 return
-        self.done.append(Group(entry.units, entry.harm))
+        self.done.append(entry.group)
 
 
-def mend(groups: Sequence[Group], plain: Score, look: Look, *, looks: int, all_back: bool = True) -> Mended:
-    """Puts groups back until a look passes, and then as few as pass.
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A group goes back: which one, the error power that this takes off, and what is left."""
 
-    What gives NaN or Inf is put back first; then what does most harm for its share of the work, most harmful first.
-    How many, is guessed from how far the looks so far were off, and narrowed between a failure and a pass.
+    index: int
+    off: float
+    left: float
 
-    Args:
-        groups: From `rank_units`.
-        plain: The score with nothing put back, which did not pass.
-        look: Scores a choice.
-        looks: How many more looks are allowed.
-        all_back: Whether a plan with everything put back is worth a look.
+
+def _products(groups: Sequence[Group]) -> Errors:
+    """Inner products of the errors of finite groups, shape (G, G); in the diagonal what was found of their powers."""
+    errors = np.array([group.error for group in groups]).reshape(len(groups), -1)
+    products: Errors = errors @ errors.T
+    np.fill_diagonal(products, [group.harm for group in groups])
+    return products
+
+
+def _put_back(groups: Sequence[Group], number: int) -> list[_Step]:
+    """The order in which finite groups go back: each time the one that takes off most error power for its price."""
+    products = _products(groups)
+    prices = np.array([_price(group, number) for group in groups])
+    together, left = products.sum(1), float(products.sum())  # each error with all that is still there
+    low = np.ones(len(groups), dtype=bool)
+    steps = []
+    for _ in groups:
+        off = 2 * together - products.diagonal()
+        best = int(np.argmax(np.where(low, off / prices, -np.inf)))
+        left -= float(off[best])
+        steps.append(_Step(best, float(off[best]), max(left, 0.0)))
+        low[best] = False
+        together -= products[:, best]
+    return steps
+
+
+class _Line:
+    """Groups in the order in which they go back.
+
+    Attributes:
+        groups: All of them, those that give NaN or Inf first.
+        certain: How many layers those hold: they are put back in any case.
+        left: The error power that is left with so many layers put back; before `certain` as if all those were.
+        spent: What it costs to put so many back, as a share of all the work.
     """
-    number = sum(len(group.units) for group in groups)
-    order = sorted(groups, key=lambda group: (not math.isinf(group.harm), -group.harm / _price(group, number)))
-    certain = sum(math.isinf(group.harm) for group in order)
-    left = [sum(group.harm for group in order[count:] if math.isfinite(group.harm)) for count in range(len(order) + 1)]
-    fails, passes = (0, plain), len(order) if all_back else len(order) - 1
-    best: Mended | None = None
-    seen = [(0, plain)]
-    for turn in range(looks):
-        low = fails[0]
-        if best is not None and (
-            passes <= max(certain, low + 1) or sum(_price(g, number) for g in order[low + 1 : passes]) < _SPARED
-        ):
-            break
-        if best is None and low >= passes:
-            break
-        middle = (low + passes + 1) // 2
-        last = turn == looks - 1
-        count = _guess(left, seen, certain, middle, generous=best is None and last)
-        if best is None and not last:
-            count = min(count, max(certain, _halfway(order, low, passes)))
-        # Between what is known to fail and what is known, or taken, to pass.
-        count = min(max(count, low + 1), passes - 1 if best is not None else passes)
-        score = look(order[:count])
-        seen.append((count, score))
-        if score.passed:
-            passes, best = count, Mended(tuple(order[:count]), score)
-        else:
-            fails = (count, score)
-    return best or Mended(tuple(order[: fails[0]]), fails[1])
 
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.number = sum(len(group.units) for group in groups)
+        self.broken = [group for group in groups if group.error is None]
+        finite = [group for group in groups if group.error is not None]
+        self.finite = [finite[step.index] for step in _put_back(finite, self.number)]
+        self.products = _products(self.finite)
+        self.groups = (*self.broken, *self.finite)
+        self.certain = sum(len(group.units) for group in self.broken)
+        self.left = [self.power(self.first(max(count, self.certain))) for count in range(self.number + 1)]
+        prices = (_price(Group.measured((unit,), None), self.number) for group in self.groups for unit in group.units)
+        self.spent = list(itertools.accumulate(prices, initial=0.0))
 
-def _halfway(order: Sequence[Group], low: int, high: int) -> int:
-    """As many groups from `low` on as are half the price of all up to `high`: an unbounded guess goes no further."""
-    number = sum(len(group.units) for group in order)
-    prices = list(itertools.accumulate(_price(group, number) for group in order[low:high]))
-    return next((low + count for count, price in enumerate(prices, 1) if price >= prices[-1] / 2), high)
+    def first(self, count: int) -> tuple[Group, ...]:
+        """The first `count` layers, with what was measured of them."""
+        found = []
+        for group in self.groups:
+            part, count = group.units[:count], count - len(group.units[:count])
+            if part:
+                found.append(replace(group, units=part, beside=len(group.units) - len(part)))
+        return tuple(found)
+
+    def cost(self, kept: Sequence[Group]) -> float:
+        """What it costs to put these back."""
+        return sum(_price(group, self.number) for group in kept)
+
+    def power(self, kept: Sequence[Group]) -> float:
+        """The error power with these put back; infinite where that leaves NaN or Inf."""
+        back = {unit.id for group in kept for unit in group.units}
+        if any(unit.id not in back for group in self.broken for unit in group.units):
+            return math.inf
+        rest = [sum(unit.id not in back for unit in group.units) / len(group.units) for group in self.finite]
+        amplitude = np.sqrt(rest)
+        return max(float(amplitude @ self.products @ amplitude), 0.0)
+
+    def bracket(self, seen: Sequence[tuple[Sequence[Group], Score]], all_back: bool) -> tuple[int, int] | None:
+        """How many layers fail, and how many pass or are taken to; None where nothing between is worth a look."""
+        found = [self.reach(kept)[0] for kept, score in seen if score.passed]
+        passes = min(found, default=self.number if all_back else self.number - 1)
+        missed = [self.reach(kept)[1] for kept, score in seen if not score.passed]
+        fails = max((count for count in missed if count < passes), default=0)
+        if not found:
+            return (fails, passes) if fails < passes else None
+        if passes <= max(self.certain, fails + 1) or self.spent[passes] - self.spent[fails + 1] < _SPARED:
+            return None
+        return fails, passes
+
+    def reach(self, kept: Sequence[Group]) -> tuple[int, int]:
+        """The fewest layers that leave no more error power than these, and the most that leave no less.
+
+        Where these leave none, their own number: then power says nothing.
+        """
+        power, count = self.power(kept), sum(len(group.units) for group in kept)
+        if power == 0:
+            return count, count
+        most = max((n for n, rest in enumerate(self.left) if rest >= power * (1 - _SAME)), default=0)
+        return self.enough(power * (1 + _SAME)), most
+
+    def allowed(self, seen: Sequence[tuple[Sequence[Group], Score]], margin: float = 1.0) -> float | None:
+        """The error power at which looks say that the error's amplitude is off by the factor `margin`.
+
+        By how much the amplitude is off goes with some root of the power: with the square root where every answer is
+        moved alike, with a higher one where few samples hold most of the error. Two looks say which, the better the
+        farther apart they are.
+        """
+        looks = [(score.shrink, self.power(kept)) for kept, score in seen]
+        known = [
+            (math.log(off), math.log(power))
+            for off, power in looks
+            if off and math.isfinite(off) and 0 < power < math.inf
+        ]
+        if not known:
+            return None
+        (off, power), *others = sorted(known, key=lambda point: abs(point[0]))  # first what is nearest to the limit
+        spans = [(before - power, shrunk - off) for shrunk, before in others]
+        root = (_ROOT * _LOOSE - sum(a * b for a, b in spans)) / (_LOOSE + sum(a * a for a, _ in spans))
+        return math.exp(power + (off + math.log(margin)) / min(max(root, _ROOTS[0]), _ROOTS[1]))
+
+    def allowed_share(self, seen: Sequence[tuple[Sequence[Group], Score]]) -> float | None:
+        """The same as a share of the error power with nothing put back."""
+        allowed, whole = self.allowed(seen), self.left[0]
+        return allowed / whole if allowed is not None and whole > 0 else None
+
+    def enough(self, power: float) -> int:
+        """The fewest layers that leave no more than this."""
+        return next((n for n, rest in enumerate(self.left) if n >= self.certain and rest <= power), self.number)
+
+    def between(self, low: int, high: int, share: float) -> int:
+        """As many as cost that share of what lies between two numbers of layers."""
+        wanted = self.spent[low] + share * (self.spent[high] - self.spent[low])
+        return next((count for count in range(low + 1, high) if self.spent[count] >= wanted), high)
 
 
 def _price(group: Group, number: int) -> float:
@@ -256,36 +438,25 @@ def _price(group: Group, number: int) -> float:
 
 
 def _guess(
-    left: Sequence[float], seen: Sequence[tuple[int, Score]], certain: int, middle: int, *, generous: bool
+    line: _Line, seen: Sequence[tuple[Sequence[Group], Score]], fails: int, passes: int, *, found: bool, last: bool
 ) -> int:
-    """How many groups to put back: the fewest that leave the error power that the looks so far say is allowed.
-
-    By how much the amplitude is off goes with some root of the power: with the square root where every answer is moved
-    alike, with a higher one where few samples hold most of the error. Two looks say which.
+    """How many layers to put back: the fewest that leave the error power that the looks so far say is allowed.
 
     Args:
-        left: The error power that is left with so many groups put back.
-        seen: Looks and how many groups each had put back.
-        certain: How many are put back in any case.
-        middle: What to try where looks say nothing.
-        generous: Better too many than too few: there is no other look.
+        line: What goes back.
+        seen: Looks and what each had put back.
+        fails: So many do not pass.
+        passes: So many do, or are taken to.
+        found: Whether a look passed.
+        last: Whether there is no other look: without a pass, better too many than too few.
     """
-    count, score = seen[-1]
-    if count < certain:
-        return certain
-    if score.shrink is None:
-        return middle
-    known = [
-        (math.log(found.shrink), math.log(left[number]))
-        for number, found in seen
-        if found.shrink and math.isfinite(found.shrink) and left[number] > 0 and number >= certain
-    ]
-    if not known:
-        return middle
-    known.sort(key=lambda point: abs(point[0]))  # the nearest to what is just allowed
-    (off, power), *others = known
-    root = 0.5
-    if others and others[0][1] != power:
-        root = min(max((others[0][0] - off) / (power - others[0][1]), _ROOTS[0]), _ROOTS[1])
-    target = math.exp(power + (off + math.log(0.7 if generous else 0.97)) / root)
-    return next((number for number, rest in enumerate(left) if number >= certain and rest <= target), len(left) - 1)
+    if math.isinf(line.power(seen[-1][0])):
+        return max(line.certain, fails + 1)
+    allowed = line.allowed(seen, 0.85 if last and not found else 0.97)
+    count = line.enough(allowed) if seen[-1][1].shrink is not None and allowed else (fails + passes + 1) // 2
+    if found:  # between, and not next to what is known
+        nearest, farthest = (line.between(fails, passes, share) for share in (1 / 4, 3 / 4))
+        return min(max(count, nearest, fails + 1), max(farthest, fails + 1), passes - 1)
+    if not last:  # an unbounded guess goes no further than half
+        count = min(count, max(line.certain, line.between(fails, passes, 1 / 2)))
+    return min(max(count, fails + 1), passes)
