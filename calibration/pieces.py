@@ -176,6 +176,11 @@ def split(proto: onnx.ModelProto) -> list[onnx.ModelProto]:
     known = inputs | {name for node in graph.node for name in node.output}
     last = {name: index for index, names in enumerate(read) for name in names}
 
+    empty = onnx.ModelProto()
+    empty.CopyFrom(proto)
+    for entries in (empty.graph.node, empty.graph.initializer, empty.graph.input, empty.graph.output):
+        del entries[:]
+    del empty.graph.value_info[:]
     pieces: list[onnx.ModelProto] = []
     begin, alive, given = 0, set[str](), 0  # the piece's first node; what it must not cut; its outputs
     for index, node in enumerate(graph.node):
@@ -185,10 +190,8 @@ def split(proto: onnx.ModelProto) -> list[onnx.ModelProto]:
         if not end and (given < _OUTPUTS or not all(name in types for name in alive)):
             continue
         piece = onnx.ModelProto()
-        piece.CopyFrom(proto)
+        piece.CopyFrom(empty)
         part, nodes = piece.graph, graph.node[begin : index + 1]
-        for entries in (part.node, part.initializer, part.input, part.output, part.value_info):
-            del entries[:]
         part.node.extend(nodes)
         used = set[str]().union(*read[begin : index + 1])
         made = {name for node in nodes for name in node.output if name}
