@@ -59,7 +59,7 @@ class Group:
         units: The layers.
         harm: The error's power, relative to the output's own; infinite where NaN or Inf came in.
         error: Of each value of the output, in units of the output's norm; None with NaN or Inf. Shape (N,), the same N
-            in a whole search. Its power is `harm` where the group was measured and not inferred from others.
+            in a whole search. Zeros where the group was not measured but inferred from others.
         beside: How many layers were measured with them and are not put back.
     """
 
@@ -250,8 +250,9 @@ class _Ranking:
     def _split(self, entry: _Entry) -> None:
         """Measures the half that probably does less: taken from the whole, it leaves the other one well known.
 
-        That is so for powers. Value by value it is not, since the one layer rounds otherwise with the other's noise
-        before it: what the difference has in common with other errors is all that is taken from it.
+        That is so for powers. Value by value it is not: with the other's noise before it a layer rounds otherwise, and
+        the difference holds what both measurements of the same layers have not in common. So an inferred error has a
+        power, and is taken to go together with no other.
         """
         whole, units = entry.group, entry.group.units
         middle = len(units) // 2
@@ -263,7 +264,7 @@ class _Ranking:
         less = second.group.error
         if whole.error is not None and less is not None and (whole.harm <= _SATURATED or self.left <= 0):
             doubt = entry.doubt + _ADDS * second.group.harm
-            rest = Group(first, max(whole.harm - second.group.harm, 0.0), whole.error - less)
+            rest = Group(first, max(whole.harm - second.group.harm, 0.0), np.zeros_like(less))
             self.waiting.append(_Entry(rest, False, doubt=doubt))
         elif whole.error is None and less is not None:
             # Where the whole is infinite and this half is not, the other one has to be.

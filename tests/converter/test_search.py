@@ -69,6 +69,28 @@ def test_few_bad_layers_among_fifty_are_found_within_25_evaluations() -> None:
         assert layers.measured + layers.looked <= 24
 
 
+def test_layers_that_round_otherwise_in_every_run_are_found_by_their_powers() -> None:
+    # Behind other noise a layer's rounding errors are new ones: as large, with nothing in common with the old ones.
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        harms = rng.exponential(0.0001, 50)
+        bad = set(rng.choice(50, 4, replace=False).tolist())
+        for index in bad:
+            harms[index] = rng.uniform(0.01, 0.02)
+        layers = Layers(harms, allowed=0.006)
+
+        def error(low: set[int], layers: Layers = layers, rng: np.random.Generator = rng) -> Errors:
+            drawn = rng.standard_normal((len(low), 4000))
+            sizes = np.sqrt([layers.harms[i] for i in low]) / np.linalg.norm(drawn, axis=1)
+            return np.asarray(sizes @ drawn)
+
+        layers.error = error  # type: ignore[method-assign]
+        kept, score = layers.mend(20, 4)
+        assert score.passed
+        assert bad <= kept
+        assert len(kept) <= 6
+
+
 @pytest.mark.parametrize("fatal", [[3], [3, 4], [0, 31, 63], [17, 18, 40]])
 def test_layers_that_overflow_are_isolated(fatal: list[int]) -> None:
     layers = Layers([1e-6] * 64, allowed=1e-3, fatal=fatal)
