@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # What only a GPU can show, spread over the GPUs of one host, one job at a time on each:
 #   bash benchmarks/on_gpu.sh SECONDS [JOB ...]        e.g. 560 tests "cell vit_b_16 32" "auto encoder 1" loads
-# A job is tests, loads, patches, endurance, engine, doctor, bench, "cell MODEL BATCH" or "auto MODEL BATCH"; or "threads
-# MODEL", a part of endurance; "pytest FILE"; "again MODEL PRECISION TIMES", which proves one engine in a process after the
-# other. Without any, all but the last three. Each has the rest of SECONDS. Logs and figures are packed into
+# A job is tests, loads, patches, endurance, engine, doctor, bench, "cell MODEL BATCH" or "auto MODEL BATCH"; or
+# "layers MODEL BATCH", where its time goes; "threads MODEL", a part of endurance; "pytest FILE"; "again MODEL PRECISION
+# TIMES", which proves one engine in a process after the other. Without any, all of the first line. Each has the rest of SECONDS. Logs and figures are packed into
 # $OUT/on_gpu.tgz as every job ends, and the end of each log is printed. Artifacts stay in /tmp/peers for the next call
 # on the same machine.
 set -u
@@ -25,7 +25,7 @@ next() { # takes the queue's first line
   flock "$logs/lock" bash -c 'head -n 1 "$1" && sed -i 1d "$1"' _ "$logs/queue"
 }
 
-peers() { python3 benchmarks/peers.py --folder $work --jobs 1 --timeout 400 --json "$logs/peers-$CUDA_VISIBLE_DEVICES.jsonl" "$@"; }
+peers() { python3 benchmarks/peers.py --folder $work --jobs 1 --timeout 580 --json "$logs/peers-$CUDA_VISIBLE_DEVICES.jsonl" "$@"; }
 
 again() { # MODEL PRECISION TIMES
   local failed=0
@@ -45,6 +45,8 @@ job() {
         -p no:benchmark -p no:cacheprovider -n 8 --dist load --maxschedchunk=1 --durations=10 --tb=short --show-capture=no ;;
     cell) peers --models "$2" --batches "$3" ;;
     auto) peers --models "$2" --batches "$3" --sides --auto ;;
+    layers) peers --models "$2" --batches "$3" --prepare-only &&
+      python3 benchmarks/peers.py --child layers --models "$2" --batches "$3" --folder $work ;;
     loads) peers --models vit_b_16 --batches 1 --sides --loads vit_b_16 ;;
     patches) python3 benchmarks/patches.py --json "$logs/patches.jsonl" ;;
     pytest) python3 -m pytest "${@:2}" -v -ra -p no:benchmark -p no:cacheprovider --tb=short ;;

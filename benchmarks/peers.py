@@ -141,6 +141,18 @@ def measure_load(place: Path) -> None:
     engine.close()
 
 
+def print_layers(name: str, batch: int, precision: str, folder: Path) -> None:
+    """Where the engine's time goes, layer by layer; the slowest first."""
+    import trtforge
+
+    with trtforge.load(folder / f"{name}-{batch}-{precision}") as engine:
+        given = tuple(x.cuda() for x in make_inputs(name, batch))
+        with engine.profile() as times:
+            for _ in range(20):
+                engine(*given)
+    print(times)
+
+
 def measure_cell(name: str, batch: int, precision: str, folder: Path, rounds: int, sides: list[str]) -> dict[str, Any]:
     import engine as one  # benchmarks/engine.py
     import torch
@@ -260,7 +272,7 @@ def main() -> None:
     parser.add_argument("--loads", nargs="*", default=[], choices=MODELS, help="also time first and second loads")
     parser.add_argument("--timeout", type=float, default=400, help="seconds for one cell")
     parser.add_argument("--json", type=Path, help="one object a line, written as cells end")
-    parser.add_argument("--child", choices=["prepare", "cell", "load", "auto"], help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=["prepare", "cell", "load", "auto", "layers"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         (name,), (batch,) = options.models, options.batches
@@ -268,6 +280,8 @@ def main() -> None:
             prepare(name, batch, options.precision, options.folder)
         elif options.child == "load":
             measure_load(options.folder / f"{name}-{batch}-{options.precision}")
+        elif options.child == "layers":
+            print_layers(name, batch, options.precision, options.folder)
         elif options.child == "auto":
             print(json.dumps(measure_auto(name, batch, options.precision, options.folder, options.rounds)))
         else:
