@@ -1,8 +1,8 @@
 """Runs a graph in pieces, so that what a piece computes is counted while it is still in a cache.
 
 MobileNetV2 has 27 MB of activations a sample. Run whole, all of them are written to memory before the first is counted.
-A piece gives a few tensors, and later pieces write over the buffers that no one reads any more: running and counting
-take an eighth less time on one core of two (Zen 4), and a half of the memory.
+A piece gives a few tensors, and later pieces write over the buffers that no one reads any more, of which there are 15
+MB: running and counting 128 samples took 0.645 s instead of 0.729 on two cores (Zen 4); without counting 0.508.
 """
 
 from __future__ import annotations
