@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from trtforge.runtime.trt.options import LoadOptions
 
 __all__ = ["Engine"]
+
+_log = logging.getLogger("trtforge.engine")
 
 _PLANS_KEPT = 1024
 
@@ -189,7 +192,7 @@ class Engine:
                 fix="call the engine; each set of values that comes back has a CUDA graph of its own",
             )
         stream = self._enter()
-        shapes = tuple([tensor.shape for tensor in tensors]) if not self._deciding else self._extents(tensors)
+        shapes = tuple([tensor.shape for tensor in tensors])
         known = self._plans.get(shapes)
         lane = self._lanes.acquire(stream, known.profile if known else self._profile_for(shapes))
         try:
@@ -410,5 +413,7 @@ class _Thread(threading.local):
 
 def _close(lanes: Lanes, session: Session) -> None:
     session.enter_thread()  # the garbage collector runs in any thread
-    lanes.close()
-    session.close()
+    if lanes.close():
+        session.close()
+    else:  # to destroy an engine under a context that runs may end the process
+        _log.warning("a call of an engine that was closed does not end: the engine's memory is not freed")

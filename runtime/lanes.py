@@ -329,7 +329,7 @@ class Lanes:
         self._lanes: dict[int, list[Lane]] = {0: [open_lane(0)]}
 
     def __len__(self) -> int:
-        return sum(len(lanes) for lanes in self._lanes.values())
+        return len(self._all())
 
     @property
     def graphs(self) -> int:
@@ -354,22 +354,30 @@ class Lanes:
             raise _closed()
         return lane
 
-    def close(self) -> None:
-        """Waits for all calls and frees everything; further ones are refused."""
+    def close(self) -> bool:
+        """Waits for all calls and frees everything; further ones are refused.
+
+        Returns:
+            Whether all is freed. If not, a call still holds a lane, and what the lane runs on must be left alone.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
             # Not for ever, here and below: at the interpreter's exit a daemon thread may hold things for good.
-            self._changed.wait_for(lambda: not self._opening, timeout=_CLOSING_S)
+            freed = self._changed.wait_for(lambda: not self._opening, timeout=_CLOSING_S)
         for lane in self._all():
             if lane.lock.acquire(timeout=_CLOSING_S):
                 try:
                     lane.close()
                 finally:
                     lane.lock.release()
+            else:
+                freed = False
+        return freed
 
     def _all(self) -> list[Lane]:
-        return [lane for lanes in list(self._lanes.values()) for lane in lanes]
+        with self._changed:
+            return [lane for lanes in self._lanes.values() for lane in lanes]
 
     def _choose(self, stream: int, profile: int) -> Lane | None:
         """A lane that is there; None: the caller has to open one."""
@@ -402,8 +410,9 @@ class Lanes:
         try:
             lane = self._open_lane(profile)
         except ArtifactError:
-            if not self._lanes[profile]:
-                raise
+            with self._changed:  # a list whose lanes change places is empty for a moment
+                if not self._lanes[profile]:
+                    raise
         finally:
             with self._changed:
                 self._opening.discard(profile)
@@ -415,7 +424,8 @@ class Lanes:
                 else:
                     lane.stream = stream
                     self._lanes[profile].append(lane)
-        return lane or self._lanes[profile][0]
+        with self._changed:
+            return lane or self._lanes[profile][0]
 
 
 def replay_in_steps(context: Context, graph: Graph, inputs: int, inside: Sequence[int], sizes: Sequence[int]) -> Replay:

@@ -59,7 +59,11 @@ class GpuContext:
         self._stream = streams.create_stream()
         self._done, self._fork, self._join = (streams.create_event() for _ in range(3))
         if profile:
-            self._enter_profile(profile)
+            try:
+                self._enter_profile(profile)
+            except BaseException:
+                self.close()
+                raise
 
     def set_shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """See `lanes.Context`.
@@ -174,7 +178,8 @@ class GpuContext:
 
     def close(self) -> None:
         """See `lanes.Context`."""
-        self._context = self.profiler = None
+        with GATE.alone(wait=True):
+            self._context = self.profiler = None
         for event in (self._done, self._fork, self._join):
             self._streams.destroy_event(event)
         self._streams.destroy_stream(self._stream)
@@ -230,7 +235,8 @@ class _GpuGraph:
     def __init__(self, streams: Streams, handle: int) -> None:
         self._streams = streams
         self.handle = handle
-        weakref.finalize(self, streams.destroy_graph, handle)
+        # Not at the interpreter's exit, where a daemon thread may launch it yet.
+        weakref.finalize(self, streams.destroy_graph, handle).atexit = False
 
     def launch(self, stream: int) -> None:
         self._streams.launch(self.handle, stream)

@@ -18,7 +18,7 @@ class Gate:
     What compiles, or writes or reads what was compiled, is alone as well: on an H100 TensorRT-RTX 1.6.1 ended the
     process (SIGSEGV in `execute_async_v3`) where eight threads ran new shapes while one made another context of the
     same engine, which share a runtime cache. That is: loading, making a context, its first run with new shapes, and
-    saving the cache.
+    saving the cache. So is what frees an engine or a context.
     """
 
     def __init__(self) -> None:

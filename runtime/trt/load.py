@@ -60,24 +60,26 @@ class OpenEngine:
         self.trt = import_backend(backend)
         self.log, logger = _runtime_logger(self.trt)
         self.log.errors.clear()
+        self.engine: Any = None
+        self._runtime: Any = None
         self._tf32 = Tf32Hold(tf32)
         try:
             self._open(logger, options)
         except BaseException:
-            self._tf32.release()  # whoever keeps the error keeps this object
+            self.close()  # whoever keeps the error keeps this object
             raise
 
     def _open(self, logger: Any, options: LoadOptions) -> None:
         load_plugins(self.trt, logger, options.plugins)
         # The runtime stays referenced as long as the engine lives: TensorRT does not see to it.
         try:
-            self._runtime: Any = self.trt.Runtime(logger)
+            self._runtime = self.trt.Runtime(logger)
         except TypeError as error:  # the bindings' word for a null pointer
             raise self.refused("finds no runtime") from error
         if options.version_compatible:
             # The plan brings a lean runtime, which is code: the artifact's hashes vouch for it.
             self._runtime.engine_host_code_allowed = True
-        self.engine: Any = self._runtime.deserialize_cuda_engine(_read(self.path))
+        self.engine = self._runtime.deserialize_cuda_engine(_read(self.path))
         if self.engine is None:
             raise self.refused("does not load")
         if options.weight_budget_mib is not None:

@@ -126,7 +126,7 @@ class EngineSession:
         """See `lanes.Session`."""
         if self._unsaved:
             self._save()
-        with self._opening:
+        with self._opening, GATE.alone(wait=True):
             self._compiler = None
             self._opened.close()
         self._cuda.close()

@@ -246,3 +246,77 @@ def test_a_profile_without_memory_for_its_first_context_fails_alone():
         assert torch.equal(engine(torch.zeros(2, 4)), torch.ones(2, 4))
     session.fail_open = False
     assert torch.equal(engine(torch.zeros(4, 4)), torch.ones(4, 4))
+
+
+def test_a_call_that_does_not_end_keeps_what_it_runs_on(monkeypatch, caplog):
+    monkeypatch.setattr("trtforge.runtime.lanes._CLOSING_S", 0.05)
+    engine, session, _ = _engine(FakeGpu(), contexts=1)
+    lane = engine._lanes.acquire(1, 0)
+    engine.close()
+    lane.lock.release()
+    assert session.open
+    assert not session.closed
+    assert "does not end" in caplog.text
+
+
+def test_where_no_further_context_can_be_had_lanes_may_change_places_meanwhile():
+    class Slow(list):  # type: ignore[type-arg]
+        def remove(self, lane) -> None:
+            super().remove(lane)
+            removed.set()
+            time.sleep(0.05)
+
+    removed, failing = threading.Event(), threading.Event()
+    engine, session, streams = _engine(FakeGpu(), contexts=2)
+    lanes = engine._lanes
+    lanes._lanes[0] = Slow(lanes._lanes[0])
+
+    def open_context(profile, on_layer=None):
+        failing.set()
+        assert removed.wait(10)
+        raise ArtifactError("no context")
+
+    session.open_context = open_context
+
+    def call(stream: int) -> bool:
+        streams.local.stream = stream
+        x = torch.full((2, 4), float(stream))
+        return torch.equal(engine(x), 2 * x + 1)
+
+    with ThreadPoolExecutor(2) as pool:
+        with lanes._lanes[0][0].lock:  # busy, so that one more is opened
+            first = pool.submit(call, 2)
+            assert failing.wait(10)
+            second = pool.submit(call, 3)
+            assert removed.wait(10)
+        assert first.result(10)
+        assert second.result(10)
+
+
+def test_contexts_are_counted_while_another_thread_adds_a_profile():
+    engine, _, streams = _engine(FakeGpu(), contexts=1, profiles=((1, 2, 2), (3, 4, 4)))
+
+    def call() -> None:
+        streams.local.stream = 2
+        engine(torch.zeros(4, 4))
+
+    adding = threading.Thread(target=call)
+
+    class Adding(list):  # type: ignore[type-arg]
+        def _add(self) -> None:
+            if adding.ident is None:
+                adding.start()
+                adding.join(0.1)
+
+        def __len__(self) -> int:
+            self._add()
+            return super().__len__()
+
+        def __iter__(self):
+            self._add()
+            return super().__iter__()
+
+    engine._lanes._lanes[0] = Adding(engine._lanes._lanes[0])
+    assert engine.contexts in (1, 2)
+    adding.join(10)
+    assert engine.contexts == 2

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gc
 import os
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from trtforge.runtime.errors import ArtifactError
+from trtforge.runtime.errors import ArtifactError, ConfigError
 from trtforge.runtime.trt import tf32 as room
 from trtforge.runtime.trt.backend import find_backend
 from trtforge.runtime.trt.load import OpenEngine
+from trtforge.runtime.trt.options import LoadOptions
 from trtforge.runtime.trt.tf32 import Tf32Hold, set_build_tf32
 
 VARIABLE = "NVIDIA_TF32_OVERRIDE"
@@ -83,3 +87,28 @@ def test_an_engine_that_does_not_load_holds_nothing_while_its_error_is_kept(tmp_
         OpenEngine(plan, find_backend("tensorrt-rtx"), tf32=False)
     assert caught.value.__traceback__ is not None
     assert os.environ.get(VARIABLE) == before
+
+
+def test_an_engine_that_is_refused_after_it_was_read_is_freed_while_its_error_is_kept(
+    tmp_path: Path, before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Engine:
+        streamable_weights_size = 0
+
+    made: list[weakref.ref[Engine]] = []
+
+    def deserialize(plan: bytes) -> Engine:
+        engine = Engine()
+        made.append(weakref.ref(engine))
+        return engine
+
+    trt = SimpleNamespace(Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=deserialize))
+    monkeypatch.setattr("trtforge.runtime.trt.load.import_backend", lambda backend: trt)
+    monkeypatch.setattr("trtforge.runtime.trt.load._runtime_logger", lambda trt: (SimpleNamespace(errors=[]), None))
+    monkeypatch.setattr("trtforge.runtime.trt.load.load_plugins", lambda *given: None)
+    (tmp_path / "model.engine").write_bytes(b"plan")
+    backend: Any = SimpleNamespace(name="tensorrt")
+    with pytest.raises(ConfigError, match="no weights to stream") as caught:
+        OpenEngine(tmp_path / "model.engine", backend, tf32=False, options=LoadOptions(weight_budget_mib=1))
+    assert caught.value.__traceback__ is not None
+    assert made[0]() is None
