@@ -112,7 +112,7 @@ class Workbench:
         formats = {plan.default, *(rule.precision for rule in plan.rules)} & QUANTIZED
         if not formats:
             return None
-        kind = min(formats)
+        kind = plan.default if plan.default in formats else min(formats)
         key = kind, plan.base  # fitted codes belong to scales that are exact in the base
         if key not in self._ranges:
             self._ranges[key] = self.calibrate(replace(self._user_plan(kind), base=plan.base))
