@@ -69,7 +69,9 @@ class EngineRunner:
         self._config = (self._opened.eager_config(),) if found.name == "tensorrt-rtx" else ()
         self._context: Any = self._opened.engine.create_execution_context(*self._config)
         if self._context is None:
-            raise self._opened.refused("gives no execution context")
+            refused = self._opened.refused("gives no execution context")
+            self.close()  # whoever keeps the error keeps this object
+            raise refused
         self._inputs, self._outputs = self._opened.inputs, self._opened.outputs
         self._profile = 0
         self._inputs_in_use: dict[str, Array] = {}  # copies read them until the stream is waited for

@@ -1,6 +1,7 @@
 """What can be said of running engines without a GPU; tests/gpu/test_engine_run.py runs them."""
 
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,3 +95,26 @@ def test_every_child_opens_the_engine_as_it_was_built(task, tmp_path, monkeypatc
     built = {"tf32": True, "version_compatible": True, "plugins": [tmp_path / "libx.so"]}
     task(tmp_path / "model.engine", "tensorrt", *[tmp_path / "samples"] * files, **built)
     assert opened == [((tmp_path / "model.engine", "tensorrt"), built)]
+
+
+def test_an_engine_without_a_context_is_closed(tmp_path, monkeypatch):
+    closed = []
+
+    class Opened:
+        engine = SimpleNamespace(create_execution_context=lambda: None)
+        log = None
+
+        def refused(self, what):
+            return ArtifactError(what)
+
+        def close(self):
+            closed.append("engine")
+
+    cuda = SimpleNamespace(make_current=lambda: None, close=lambda: closed.append("cuda"))
+    monkeypatch.setattr(execute, "find_backend", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(execute, "check_fit", lambda *given: None)
+    monkeypatch.setattr(execute, "Cuda", lambda: cuda)
+    monkeypatch.setattr(execute, "OpenEngine", lambda *given, **named: Opened())
+    with pytest.raises(ArtifactError, match="no execution context"):
+        EngineRunner(tmp_path / "model.engine", "tensorrt")
+    assert closed == ["engine", "cuda"]
