@@ -3,9 +3,9 @@
 #   bash benchmarks/on_gpu.sh SECONDS [JOB ...]        e.g. 560 tests "cell vit_b_16 32" "auto encoder 1" loads
 # A job is tests, loads, patches, endurance, engine, doctor, bench, "cell MODEL BATCH" or "auto MODEL BATCH"; or
 # "layers MODEL BATCH", where its time goes; "threads MODEL", a part of endurance; "pytest FILE"; "again MODEL PRECISION
-# TIMES", which proves one engine in a process after the other. Without any, all of the first line. Each has the rest of SECONDS. Logs and figures are packed into
-# $OUT/on_gpu.tgz as every job ends, and the end of each log is printed. Artifacts stay in /tmp/peers for the next call
-# on the same machine.
+# TIMES", which proves one engine in a process after the other. Without any, all of the first line. Each has the rest of
+# SECONDS. Logs and figures are packed into $OUT/on_gpu.tgz as every job ends, and the end of each log is printed.
+# Artifacts stay in /tmp/peers for the next call on the same machine.
 set -u
 deadline=$((SECONDS + $1)) && shift
 out=${OUT:?} logs=$(mktemp -d) work=/tmp/peers
