@@ -30,7 +30,7 @@ from trtforge.converter.network import with_network
 from trtforge.converter.pipeline import LiveData, run_pipeline
 from trtforge.converter.progress import OnEvent, Stages, ignore_events
 from trtforge.converter.schema import AccuracySection, SearchSection, TargetSection
-from trtforge.converter.sources import LoadedModel, PythonExample, check_finite, load_source, module_hash
+from trtforge.converter.sources import LoadedModel, PythonExample, check_weights, load_source, module_hash
 from trtforge.runtime.errors import ConfigError
 from trtforge.runtime.precision import PrecisionPlan
 from trtforge.runtime.publish import hash_bytes
@@ -264,7 +264,7 @@ def _load(model: Any, example: Any, shapes: dict[str, Any], config: ConversionCo
     if isinstance(model, str | Path):
         return replace(load_source(config), example=PythonExample(example, shapes))
     if isinstance(model, torch.export.ExportedProgram):
-        check_finite(model)
+        check_weights(model)
         described = str(model.graph)
         loaded = LoadedModel(None, None, hash_bytes(described.encode()), module_hash(model), program=model)
         return replace(loaded, example=PythonExample(example, shapes))
@@ -275,6 +275,6 @@ def _load(model: Any, example: Any, shapes: dict[str, Any], config: ConversionCo
         )
     if example is None:
         raise ConfigError("example_inputs is None", fix="give one call's inputs: a tensor, a tuple, or a dict")
-    check_finite(model)
+    check_weights(model)
     described = f"{type(model).__module__}.{type(model).__qualname__}"
     return LoadedModel(model, None, hash_bytes(described.encode()), module_hash(model), PythonExample(example, shapes))

@@ -19,7 +19,7 @@ from trtforge.runtime.suggest import nearest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LoadedModel", "PythonExample", "check_finite", "load_source", "module_hash"]
+__all__ = ["LoadedModel", "PythonExample", "check_weights", "load_source", "module_hash"]
 
 _SHOWN_KEYS = 8
 
@@ -59,8 +59,8 @@ def load_source(config: ConversionConfig) -> LoadedModel:
     """Makes the model that `config.source` names.
 
     Raises:
-        ConfigError: a file is missing, a factory does not give a module, a checkpoint does not fit it, a .pt2 file
-            would run code when it is read.
+        ConfigError: a file is missing, a factory does not give a module, a checkpoint does not fit it, weights are of
+            half precision or not finite, a .pt2 file would run code when it is read.
         ExportError: a .pt2 file cannot be read.
         UserCodeError: the factory raised.
     """
@@ -88,7 +88,7 @@ def _load(config: ConversionConfig) -> LoadedModel:
     if source.checkpoint is not None:
         _load_checkpoint(module, source.checkpoint)
         checkpoint_hash = hash_file(source.checkpoint)
-    check_finite(module)
+    check_weights(module)
     described = hash_bytes(repr((source.factory, sorted(source.kwargs.items()))).encode())
     return LoadedModel(module.eval(), None, described, checkpoint_hash or module_hash(module))
 
@@ -113,7 +113,7 @@ def _load_program(path: Path) -> LoadedModel:
 
     _check_file(path, "the exported program")
     program = read_program(path)
-    check_finite(program)
+    check_weights(program)
     return LoadedModel(None, None, hash_file(path), module_hash(program), program=program)
 
 
@@ -201,15 +201,22 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_finite(module: torch.nn.Module | torch.export.ExportedProgram) -> None:
-    """Raises `ConfigError` where a weight holds NaN or infinity; buffers, such as masks, may."""
+def check_weights(module: torch.nn.Module | torch.export.ExportedProgram) -> None:
+    """Raises `ConfigError` where a weight is of half precision or holds NaN or infinity; buffers, as masks, may."""
     import torch
 
-    bad = [
-        name
-        for name, tensor in module.named_parameters()
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all())
-    ]
+    weights = {name: tensor for name, tensor in module.named_parameters() if tensor.is_floating_point()}
+    half = [name for name, tensor in weights.items() if tensor.dtype in (torch.float16, torch.bfloat16)]
+    if half:
+        dtype = str(weights[half[0]].dtype).removeprefix("torch.")
+        precision = "fp16" if dtype == "float16" else "bf16"
+        raise ConfigError(
+            f"{len(half)} of {len(weights)} weights are {dtype}: {_some(half)}",
+            why="the module is what every engine is proved against, and it has to be more exact than they are",
+            fix=f"give `model.float()`, which changes no value of a weight, and inputs in float32, and ask for "
+            f"`precision: {precision}`: the casts are made, and proved, here",
+        )
+    bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor.detach()).all())]
     if bad:
         raise ConfigError(
             f"{len(bad)} weights hold NaN or Inf: {_some(bad)}",

@@ -131,6 +131,24 @@ def test_non_finite_weights_are_named(folder: Path) -> None:
         load(folder, checkpoint=write(folder / "w.pt", state))
 
 
+@pytest.mark.parametrize(("call", "precision"), [("half", "fp16"), ("bfloat16", "bf16")])
+def test_half_weights_are_refused_with_the_way_to_half_precision(folder: Path, call: str, precision: str) -> None:
+    (folder / "source_models.py").write_text(f"{FACTORY}\ndef low():\n    return net().{call}()\n")
+    with pytest.raises(ConfigError, match=r"4 of 4 weights are b?float16: 0\.weight") as told:
+        load(folder, factory="source_models:low")
+    assert f"`precision: {precision}`" in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+def test_a_checkpoint_in_half_precision_is_taken_in_the_modules_own(folder: Path, name: str) -> None:
+    state = {key: tensor.half() for key, tensor in good_state().items()}
+    loaded = load(folder, checkpoint=write(folder / name, state))
+    assert loaded.module is not None
+    for key, tensor in loaded.module.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, state[key].float())
+
+
 @pytest.mark.parametrize(
     ("reference", "kwargs", "said"),
     [
