@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from trtforge.runtime.native import load_native
 
 __all__ = [
     "BINS",
@@ -46,7 +46,6 @@ _CHUNK = 1 << 16
 _SIGN = 1 << 31
 _SMALLEST_SCALED = -126
 """Below this exponent the scale overflows float32, and products of subnormals would round."""
-_LIBRARY = "_count.abi3.so"
 
 Floats = NDArray[np.float32]
 Counts = NDArray[np.int64]
@@ -126,12 +125,13 @@ def _limit_bits(exponent: int) -> int:
 @functools.cache
 def native_kernel() -> CountJobs | None:
     """The compiled loop, over any number of jobs; None unless it was compiled at installation and is wanted."""
-    if os.environ.get("TRTFORGE_NATIVE") == "0":
-        return None
+    library = load_native("calibration/_count")
     try:
-        kernel = _bind(ctypes.CDLL(str(Path(__file__).with_name(_LIBRARY))))
-    except (OSError, AttributeError):
-        return None  # no compiler was there, or the file is another machine's: numpy does the same, only slower
+        kernel = _bind(library) if library else None
+    except AttributeError:
+        kernel = None  # another version's
+    if kernel is None:
+        return None  # numpy does the same, only slower
     return kernel if _agrees(kernel) else None
 
 

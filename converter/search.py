@@ -31,7 +31,6 @@ _ROOT = math.sqrt(math.prod(_ROOTS))
 """Where one look alone says nothing of it."""
 _LOOSE = 0.25
 """How firmly this holds: as two looks whose powers are apart by a factor of e to the root of it."""
-TRY = (0.3, 0.4, 0.5)
 _UNKNOWN = 0.03
 """Of the error power is taken to be allowed where the first look does not say by how much it was off."""
 _EACH = 0.1

@@ -231,7 +231,8 @@ def test_numpy_counts_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("fresh_kernel")
 @pytest.mark.parametrize("found", ["nothing", "text", "foreign", "older"])
 def test_a_library_that_does_not_count_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    library = tmp_path / "_count.abi3.so"
+    library = tmp_path / "calibration" / "_count.abi3.so"
+    library.parent.mkdir()
     if found == "text":
         library.write_text("not a library")
     elif found == "foreign":  # a library without the function
@@ -242,7 +243,7 @@ def test_a_library_that_does_not_count_is_not_used(tmp_path: Path, monkeypatch: 
         subprocess.run(
             [shutil.which("cc") or pytest.skip("no C compiler"), "-shared", "-fPIC", source, "-o", library], check=True
         )
-    monkeypatch.setattr(count, "__file__", str(tmp_path / "count.py"))
+    monkeypatch.setattr("trtforge.runtime.native._PACKAGE", tmp_path)
     assert native_kernel() is None
 
 

@@ -54,14 +54,17 @@ class Layers:
         return {int(unit.id) for group in found.kept for unit in group.units}, found.score
 
 
+def few_bad_among_fifty(rng: np.random.Generator) -> tuple[Layers, set[int]]:
+    harms = rng.exponential(0.0001, 50)
+    bad = set(rng.choice(50, 4, replace=False).tolist())
+    for index in bad:
+        harms[index] = rng.uniform(0.01, 0.02)
+    return Layers(harms, allowed=0.006), bad
+
+
 def test_few_bad_layers_among_fifty_are_found_within_25_evaluations() -> None:
     for seed in range(20):
-        rng = np.random.default_rng(seed)
-        harms = rng.exponential(0.0001, 50)
-        bad = set(rng.choice(50, 4, replace=False).tolist())
-        for index in bad:
-            harms[index] = rng.uniform(0.01, 0.02)
-        layers = Layers(harms, allowed=0.006)
+        layers, bad = few_bad_among_fifty(np.random.default_rng(seed))
         kept, score = layers.mend(20, 4)
         assert score.passed
         assert bad <= kept
@@ -73,11 +76,7 @@ def test_layers_that_round_otherwise_in_every_run_are_found_by_their_powers() ->
     # Behind other noise a layer's rounding errors are new ones: as large, with nothing in common with the old ones.
     for seed in range(10):
         rng = np.random.default_rng(seed)
-        harms = rng.exponential(0.0001, 50)
-        bad = set(rng.choice(50, 4, replace=False).tolist())
-        for index in bad:
-            harms[index] = rng.uniform(0.01, 0.02)
-        layers = Layers(harms, allowed=0.006)
+        layers, bad = few_bad_among_fifty(rng)
 
         def error(low: set[int], layers: Layers = layers, rng: np.random.Generator = rng) -> Errors:
             drawn = rng.standard_normal((len(low), 4000))
