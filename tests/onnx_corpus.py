@@ -39,6 +39,18 @@ class Case:
     def ir(self) -> ir.Model:
         return ir.from_proto(self.make())
 
+    def prepared(self) -> ir.Model:
+        """As the converter's passes leave it: cleaned, with ids and the types of all tensors."""
+        from trtforge.converter.cleanup import clean
+        from trtforge.converter.identity import identify
+        from trtforge.converter.types import infer_types
+
+        model = self.ir()
+        clean(model)
+        identify(model)
+        infer_types(model)
+        return model
+
     def expected(self, batch: int) -> Arrays:
         """What onnxruntime makes of it."""
         proto = self.make()

@@ -7,23 +7,12 @@ import onnx_ir as ir
 import pytest
 from onnx_corpus import CORPUS, Case, run_model
 
-from trtforge.converter.cleanup import clean
-from trtforge.converter.identity import identify
-from trtforge.converter.types import infer_types
 from trtforge.validation.cuts import cut_graph, find_cuts, main_values
-
-
-def prepared(case: Case) -> ir.Model:
-    model = case.ir()
-    clean(model)
-    identify(model)
-    infer_types(model)
-    return model
 
 
 @pytest.mark.parametrize("case", CORPUS, ids=str)
 def test_both_sides_of_every_line_are_the_whole(case: Case) -> None:
-    model = prepared(case)
+    model = case.prepared()
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     feeds, outputs = case.feeds(2), [value.name or "" for value in model.graph.outputs]
     whole = run_model(model, feeds)
@@ -45,7 +34,7 @@ def _run(model: ir.Model, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarra
 
 
 def test_a_line_that_an_unknown_tensor_crosses_is_none() -> None:
-    model = next(prepared(case) for case in CORPUS if case.name == "layer_norm")
+    model = next(case.prepared() for case in CORPUS if case.name == "layer_norm")
     every = set(main_values(model))
     hidden = next(value.name or "" for node in model.graph for value in node.outputs if not value.is_graph_output())
     lines = [cut.position for cut in find_cuts(model, every)]

@@ -9,9 +9,6 @@ import onnx_ir as ir
 import pytest
 from onnx_corpus import CORPUS, Case, run_model
 
-from trtforge.converter.cleanup import clean
-from trtforge.converter.identity import identify
-from trtforge.converter.types import infer_types
 from trtforge.validation import layers
 from trtforge.validation.bisect import Side
 from trtforge.validation.cuts import constant_nodes
@@ -29,14 +26,6 @@ def _side(model: ir.Model, ran: list[str]) -> Side:
     return Side(model, run)
 
 
-def _prepared(case: Case) -> ir.Model:
-    model = case.ir()
-    clean(model)
-    identify(model)
-    infer_types(model)
-    return model
-
-
 def _disturbed(model: ir.Model) -> ir.Model:
     """Other weights; vectors may decide sizes, and stay."""
     copy = model.clone()
@@ -50,7 +39,7 @@ def _disturbed(model: ir.Model) -> ir.Model:
 @pytest.mark.parametrize("case", CORPUS, ids=str)
 def test_every_layer_runs_once_and_gives_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "_FIRST", 1)
-    model = _prepared(case)
+    model = case.prepared()
     feeds = case.feeds(2)
     found, ran = {}, {}
     for budget in (1, 1 << 30):
@@ -69,6 +58,6 @@ def test_every_layer_runs_once_and_gives_the_same(case: Case, monkeypatch: pytes
 @pytest.mark.parametrize("case", CORPUS, ids=str)
 def test_a_graph_beside_itself_has_no_error(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "_FIRST", 1)
-    model = _prepared(case)
+    model = case.prepared()
     for layer in measure_layers(_side(model, []), _side(model, []), case.feeds(2), budget=1):
         assert layer.sqnr_db == math.inf
