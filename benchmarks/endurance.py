@@ -135,6 +135,7 @@ def part_threads(engine: Any, options: argparse.Namespace, report: Report) -> bo
     scale = max(float(y.abs().max()) for _, y in samples)
     until = time.monotonic() + options.seconds / 3
     checked = run_threads(engine, samples, options.threads, options.calls, check=True, until=until)
+    until = time.monotonic() + options.seconds / 3
     few = max(options.calls // 5, options.threads)
     rates: dict[int, list[float]] = {1: [], options.threads: []}
     for _ in range(3):  # by turns

@@ -2,7 +2,7 @@
 # What only a GPU can show, spread over the GPUs of one host, one job at a time on each:
 #   bash benchmarks/on_gpu.sh SECONDS [JOB ...]        e.g. 560 tests "cell vit_b_16 32" "auto encoder 1" loads
 # A job is tests, loads, patches, endurance, engine, doctor, bench, "cell MODEL BATCH" or "auto MODEL BATCH"; or
-# "layers MODEL BATCH", where its time goes; "threads MODEL", a part of endurance; "pytest FILE"; "again MODEL PRECISION
+# "layers MODEL BATCH", where its time goes; "threads MODEL [CALLS]", a part of endurance; "pytest FILE"; "again MODEL PRECISION
 # TIMES", which proves one engine in a process after the other. Without any, all of the first line. Each has the rest of
 # SECONDS. Logs and figures are packed into $OUT/on_gpu.tgz as every job ends, and the end of each log is printed.
 # Artifacts stay in /tmp/peers for the next call on the same machine.
@@ -50,7 +50,7 @@ job() {
     loads) peers --models vit_b_16 --batches 1 --sides --loads vit_b_16 ;;
     patches) python3 benchmarks/patches.py --json "$logs/patches.jsonl" ;;
     pytest) python3 -m pytest "${@:2}" -v -ra -p no:benchmark -p no:cacheprovider --tb=short ;;
-    threads) python3 benchmarks/endurance.py --parts threads --model "${2:-digits}" --json "$logs/endurance.jsonl" ;;
+    threads) python3 benchmarks/endurance.py --parts threads --model "${2:-digits}" --calls "${3:-100000}" --json "$logs/endurance.jsonl" ;;
     endurance) python3 benchmarks/endurance.py --json "$logs/endurance.jsonl" ;;
     engine) python3 benchmarks/engine.py --no-compile ;;
     doctor) python3 -m trtforge doctor ;;
